@@ -1,0 +1,28 @@
+# Each target builds .venv first if it is missing.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/python examples/demo/run.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# pip >= 24.1 refuses omegaconf 2.0.6, which fairseq needs
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet 'pip<24.1'
+	$(BIN)/pip install --quiet '$(TORCH)' numpy
+	$(BIN)/pip install --quiet --editable '.[fairseq,demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-run

@@ -1,0 +1,245 @@
+"""Batch in, loss and metrics out: label-smoothed cross-entropy with a distillation term."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Dict, List, Optional
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
+
+from kd_ext.errors import ConfigError
+from kd_ext.modules.collectives import all_gather_concat
+from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
+from kd_ext.modules.language_tags import LanguageTags
+from kd_ext.modules.token_selection import STRATEGIES, Selection, TokenSelector
+from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "weight of the distillation loss, in [0, 1]; used by word_seq_level alone"},
+    )
+    kd_rate: Optional[float] = field(
+        default=None,
+        metadata={"help": "share of tokens that get distillation, in (0, 1]; for the selective strategies"},
+    )
+    kd_queue_size: Optional[int] = field(
+        default=None,
+        metadata={"help": "capacity of each FIFO queue in tokens; for the global strategies"},
+    )
+    kd_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "temperature T of both softmaxes of the distillation term, which is multiplied by T^2"
+        },
+    )
+
+
+@register_criterion(CRITERION, dataclass=LabelSmoothedCrossEntropyWithKDConfig)
+class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
+    """The loss of a student with a teacher.
+
+    In training: ``golden * sum_i smoothed_i + distilled * sum_{i selected} kd_i`` over the real target tokens, where
+    the ``--kd-strategy`` of the task says the two weights and the selection. In validation, and without a
+    teacher: fairseq's label-smoothed cross-entropy, so that the curves of all runs can be compared.
+
+    Raises:
+        ConfigError: where a flag cannot be used
+    """
+
+    def __init__(
+        self,
+        task,
+        sentence_avg,
+        label_smoothing,
+        ignore_prefix_size=0,
+        report_accuracy=False,
+        alpha=0.5,
+        kd_rate=None,
+        kd_queue_size=None,
+        kd_temperature=1.0,
+    ):
+        super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
+        if not isinstance(task, TranslationWithKDTask):
+            name = getattr(task.cfg, "_name", None) or type(task).__name__
+            raise ConfigError(
+                f"--criterion {CRITERION} works with --task translation_with_kd, not with --task {name}"
+            )
+        strategy = task.cfg.kd_strategy
+        _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_temperature)
+        self.temperature = kd_temperature
+        self.languages = _find_languages(task) if STRATEGIES[strategy].by_language else None
+        self.selector: TokenSelector = STRATEGIES[strategy](
+            rate=kd_rate,
+            capacity=kd_queue_size,
+            pools=self.languages.pools if self.languages else ["all"],
+            gather=partial(all_gather_concat, group=_data_parallel_group()),
+        )
+        self.golden_weight, self.distilled_weight = self.selector.weights(alpha)
+        self.teacher = task.load_teacher() if self.distilled_weight > 0 else None
+        task.selector = self.selector
+        logger.info(
+            "--kd-strategy %s: loss = %g label-smoothed + %g distillation; rate %s, queue %s, temperature %g",
+            *(strategy, self.golden_weight, self.distilled_weight, kd_rate, kd_queue_size, kd_temperature),
+        )
+
+    def train(self, mode=True):
+        # The trainer calls this at the start of every update. Pushes that are not committed by now belong to an
+        # update that was skipped: overflow, out of memory.
+        self.selector.rollback()
+        return super().train(mode)
+
+    def forward(self, model, sample, reduce=True):
+        """The loss of one batch, as fairseq's criterions return it.
+
+        Returns:
+            the loss (scalar, float32, nats, summed), the sample size, and the sums to log
+        """
+        if not model.training or self.distilled_weight == 0:
+            return super().forward(model, sample, reduce)
+        if self.teacher is None:
+            raise RuntimeError(
+                "a model that was loaded to be used cannot be trained: its teacher was not loaded"
+            )
+        self.teacher.place_like(model)
+        net_output = model(**sample["net_input"])
+        real = self._real_tokens(sample["target"])  # B x T, n true
+        log_probs = model.get_normalized_probs(net_output, log_probs=True)[real].float()  # n x V
+        target = sample["target"][real]
+        smoothed, nll = label_smoothed_nll(log_probs, target, self.eps)
+
+        language = self._token_languages(sample, real)
+        selection = self._select(nll.detach(), language, sample.get("is_dummy", False))
+        chosen = torch.zeros_like(real).masked_scatter(real, selection.mask)  # B x T
+        teacher_probs = self.teacher.probs(sample["net_input"], chosen, self.temperature)
+        distilled = distillation_term(log_probs[selection.mask], teacher_probs, self.temperature)
+        loss = self.distilled_weight * distilled.cross_entropy.sum()
+        if self.golden_weight > 0:
+            loss = loss + self.golden_weight * smoothed.sum()
+
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.detach(),
+            "nll_loss": nll.detach().sum(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+            "kd_loss": distilled.cross_entropy.detach().sum(),
+            "kd_kl": distilled.kl.sum(),
+            "kd_selected": selection.mask.sum(),
+            "kd_tokens": real.sum(),
+        }
+        logging_output.update(self._selection_sums(selection, language))
+        if self.report_accuracy:
+            logging_output["n_correct"] = (log_probs.argmax(1) == target).sum()
+            logging_output["total"] = real.sum()
+        return loss, sample_size, logging_output
+
+    def _real_tokens(self, target):
+        """Which target positions count: no padding, none of the ignored prefix. B x T, bool."""
+        real = target.ne(self.padding_idx)
+        real[:, : self.ignore_prefix_size] = False
+        return real
+
+    def _token_languages(self, sample, real):
+        """The pool of each real token's sentence: shape ``(n,)``, int64."""
+        if self.languages is None:
+            return real[real].long() * 0
+        language = self.languages.of_sentences(sample["net_input"]["src_tokens"])  # B
+        return language.unsqueeze(1).expand_as(real)[real]
+
+    def _select(self, nll, language, is_dummy: bool) -> Selection:
+        if not is_dummy:
+            return self.selector.select(nll, language)
+        # The other workers wait for this one's tokens: it has none.
+        gates = self.selector.select(nll[:0], language[:0]).gates
+        return Selection(torch.zeros_like(nll, dtype=torch.bool), gates)
+
+    def _selection_sums(self, selection: Selection, language) -> Dict[str, torch.Tensor]:
+        """Each pool's gate and whether there was one; for languages also their tokens and the selected ones."""
+        names = [f"_{pool}" for pool in self.selector.pools] if self.languages else [""]
+        sums = {}
+        for name, gate in zip(names, selection.gates):
+            sums[f"kd_gate{name}"], sums[f"kd_gates{name}"] = gate.nan_to_num(), (~gate.isnan()).long()
+        if self.languages:
+            tokens = language.bincount(minlength=len(names))
+            selected = language[selection.mask].bincount(minlength=len(names))
+            for i, name in enumerate(names):
+                sums[f"kd_tokens{name}"], sums[f"kd_selected{name}"] = tokens[i], selected[i]
+        return sums
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
+        """Log the sums of :meth:`forward`: losses and gates in bits a token, selections as shares."""
+        super().reduce_metrics(logging_outputs)
+        keys = {key for log in logging_outputs for key in log if key.startswith("kd_")}
+        sums = {key: float(sum(log.get(key, 0) for log in logging_outputs)) for key in sorted(keys)}
+        if sums.get("kd_selected", 0) > 0:
+            for key in ("kd_loss", "kd_kl"):
+                _log_mean(key, sums[key] / math.log(2), sums["kd_selected"])
+        for key, total in sums.items():
+            if key.startswith("kd_tokens"):
+                share = "kd_selected" + key[len("kd_tokens") :]
+                _log_mean(share, sums[share], total)
+            elif key.startswith("kd_gates"):
+                gate = "kd_gate" + key[len("kd_gates") :]
+                _log_mean(gate, sums[gate] / math.log(2), total)
+
+
+def _log_mean(key: str, total: float, count: float) -> None:
+    if count > 0:
+        metrics.log_scalar(key, total / count, count, round=3)
+
+
+def _check_flags(strategy, alpha, rate, queue_size, temperature) -> None:
+    kind = STRATEGIES[strategy]
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"--alpha {alpha}: out of range; a number from 0 to 1")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"--kd-temperature {temperature}: out of range; a number over 0")
+    if kind.needs_rate and rate is None:
+        raise ConfigError(f"--kd-rate is missing: --kd-strategy {strategy} needs it; a number in (0, 1]")
+    if rate is not None and not 0 < rate <= 1:
+        raise ConfigError(f"--kd-rate {rate}: out of range; a number in (0, 1]")
+    if kind.needs_queue and queue_size is None:
+        raise ConfigError(f"--kd-queue-size is missing: --kd-strategy {strategy} needs it, in tokens")
+    if queue_size is not None and queue_size <= 0:
+        raise ConfigError(f"--kd-queue-size {queue_size}: out of range; a number of tokens over 0")
+    unused = [
+        ("--alpha", alpha, alpha != 0.5 and not kind.uses_alpha),
+        ("--kd-rate", rate, rate is not None and not kind.needs_rate),
+        ("--kd-queue-size", queue_size, queue_size is not None and not kind.needs_queue),
+    ]
+    for flag, value, is_unused in unused:
+        if is_unused:
+            logger.warning("%s %s has no effect with --kd-strategy %s", flag, value, strategy)
+
+
+def _find_languages(task) -> LanguageTags:
+    languages = LanguageTags(task.source_dictionary.symbols, task.cfg.kd_language_tag)
+    if len(languages) == 0:
+        raise ConfigError(
+            f"--kd-language-tag {task.cfg.kd_language_tag}: no word of the source dictionary begins with it; "
+            "begin each source sentence with such a tag (__src__hi __tgt__en), or name the prefix that yours have"
+        )
+    logger.info("languages with a queue: %s", ", ".join(languages.pools[:-1]))
+    return languages
+
+
+def _data_parallel_group():
+    """The workers' process group; None where there is one worker."""
+    if distributed_utils.get_data_parallel_world_size() == 1:
+        return None
+    return distributed_utils.get_data_parallel_group()

@@ -1,0 +1,1 @@
+"""Tensors only: nothing here knows fairseq's configurations, registries or trainer."""

@@ -1,0 +1,182 @@
+"""Which target tokens are distilled: one class for each selection strategy.
+
+Selective knowledge distillation (Wang et al., 2021, "Selective Knowledge Distillation for Neural Machine
+Translation") distils the tokens that the student finds hard: those whose negative log-likelihood is among the
+largest share ``rate`` of a pool. The strategies differ in the pool; language-wise pools are those of Gumma et al.,
+2023, "An Empirical Study of Leveraging Knowledge Distillation for Compressing Multilingual NMT Models".
+"""
+
+import logging
+from typing import Any, Callable, Dict, NamedTuple, Sequence, Tuple, Type
+
+import torch
+from torch import Tensor
+
+from kd_ext.modules.token_queue import TokenQueue, kth_largest, selection_size
+
+logger = logging.getLogger(__name__)
+
+
+class Selection(NamedTuple):
+    """What a strategy chose among ``n`` tokens.
+
+    Attributes:
+        mask: shape ``(n,)``, bool: distil this token
+        gates: shape ``(pools,)``, float32, nats: the smallest negative log-likelihood that is selected from each pool;
+            NaN where the pool is empty
+    """
+
+    mask: Tensor
+    gates: Tensor
+
+
+class TokenSelector:
+    """Base class of the strategies: every token is selected, there is no pool and no state.
+
+    Args:
+        rate: share of the pool to select, in (0, 1]
+        capacity: of each queue, in tokens
+        pools: names of the pools; the last one takes the tokens of no known language
+        gather: joins the workers' tensors of shape ``(n,)``, in rank order
+    """
+
+    uses_alpha = False
+    needs_rate = False
+    needs_queue = False
+    by_language = False
+
+    def __init__(
+        self, rate: float, capacity: int, pools: Sequence[str], gather: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.rate = rate
+        self.capacity = capacity
+        self.pools = list(pools)
+        self._gather = gather
+
+    def weights(self, alpha: float) -> Tuple[float, float]:
+        """The weights of the label-smoothed term and of the distillation term."""
+        return 1.0, 1.0
+
+    def select(self, nll: Tensor, language: Tensor) -> Selection:
+        """Choose the tokens of one training batch, and enter them into the pool.
+
+        Under several workers every worker must call it for every batch, with no tokens where it has none.
+
+        Args:
+            nll: negative log-likelihood under the student, shape ``(n,)``, float32, nats, no padding
+            language: index into `pools` of each token's sentence, shape ``(n,)``, int64
+        """
+        return Selection(torch.ones_like(nll, dtype=torch.bool), nll.new_empty(0))
+
+    def commit(self) -> None:
+        """The update that the last batches belong to was made."""
+
+    def rollback(self) -> None:
+        """Forget the batches since the last commit: their update was skipped."""
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """The committed queues by name, float32, oldest first, on the CPU."""
+        return {}
+
+    def load_state_dict(self, queues: Dict[str, Tensor]) -> None:
+        """Continue from the queues of :meth:`state_dict`; of longer ones the newest values are kept."""
+
+
+class WordSeqLevel(TokenSelector):
+    """Every token, both terms weighed by alpha (Hinton et al., 2015; Kim and Rush, 2016)."""
+
+    uses_alpha = True
+
+    def weights(self, alpha: float) -> Tuple[float, float]:
+        return 1 - alpha, alpha
+
+
+class WordLevel(TokenSelector):
+    """Every token, the distillation term alone: alpha = 1."""
+
+    def weights(self, alpha: float) -> Tuple[float, float]:
+        return 0.0, 1.0
+
+
+class _Queued(TokenSelector):
+    """A queue for each pool, created when its first token comes."""
+
+    needs_rate = needs_queue = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._queues: Dict[str, TokenQueue] = {}
+
+    def _push(self, pool: str, nll: Tensor) -> None:
+        self._queues.setdefault(pool, TokenQueue(self.capacity)).push(nll)
+
+    def commit(self) -> None:
+        for queue in self._queues.values():
+            queue.commit()
+
+    def rollback(self) -> None:
+        for queue in self._queues.values():
+            queue.rollback()
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        self.rollback()
+        return {pool: queue.values().cpu() for pool, queue in self._queues.items()}
+
+    def load_state_dict(self, queues: Dict[str, Tensor]) -> None:
+        self._queues = {pool: TokenQueue.from_values(self.capacity, v) for pool, v in queues.items()}
+
+
+class BatchLevel(TokenSelector):
+    """The pool is this worker's batch."""
+
+    needs_rate = True
+
+    def select(self, nll: Tensor, language: Tensor) -> Selection:
+        if nll.numel() == 0:
+            return Selection(nll.bool(), nll.new_full((1,), float("nan")))
+        gate = kth_largest(nll, selection_size(self.rate, nll.numel()))
+        return Selection(nll >= gate, gate.reshape(1))
+
+
+class GlobalLevel(_Queued):
+    """The pool is a queue of the newest tokens of all workers."""
+
+    def select(self, nll: Tensor, language: Tensor) -> Selection:
+        self._push("all", self._gather(nll))
+        queue = self._queues["all"]
+        if len(queue) == 0:
+            return Selection(nll.bool(), nll.new_full((1,), float("nan")))
+        gate = queue.gate(self.rate)
+        return Selection(nll >= gate, gate.reshape(1))
+
+
+class GlobalLanguageWise(_Queued):
+    """Each language has a queue of its own, and is gated by it."""
+
+    by_language = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._warned = False
+
+    def select(self, nll: Tensor, language: Tensor) -> Selection:
+        all_nll, all_languages = self._gather(nll), self._gather(language)
+        gates = nll.new_full((len(self.pools),), float("nan"))
+        for index in all_languages.unique().tolist():
+            pool = self.pools[index]
+            self._push(pool, all_nll[all_languages == index])
+            gates[index] = self._queues[pool].gate(self.rate)
+            if index == len(self.pools) - 1 and not self._warned:
+                self._warned = True
+                logger.warning("a sentence without a language tag: such sentences share the queue '%s'", pool)
+        return Selection(nll >= gates[language], gates)
+
+
+# the values of --kd-strategy
+STRATEGIES: Dict[str, Type[TokenSelector]] = {
+    "word_seq_level": WordSeqLevel,
+    "word_level": WordLevel,
+    "batch_level": BatchLevel,
+    "global_level": GlobalLevel,
+    "global_language_wise": GlobalLanguageWise,
+}

@@ -1,0 +1,209 @@
+"""From ``--teacher-checkpoint-path`` to a :class:`~kd_ext.modules.teacher.Teacher`."""
+
+import ast
+import contextlib
+import inspect
+import logging
+import os
+import pickle
+import random
+import zipfile
+from argparse import Namespace
+from typing import Any, Dict, Iterator, Optional
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils, tasks, utils
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import open_dict
+
+from kd_ext.errors import ConfigError
+from kd_ext.modules.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--teacher-checkpoint-path"
+
+
+def load_teacher(
+    checkpoint_path: Optional[str], overrides: str, user_dir: Optional[str], student_task: Any
+) -> Teacher:
+    """Load a teacher, on the CPU in float32, beside a student's task.
+
+    Each model is built by a task of its own. The student's task, its dictionaries and the state of every random
+    number generator stay as they are.
+
+    Args:
+        checkpoint_path: one file, or several joined by ``:``
+        overrides: a Python dictionary as text; its entries replace the saved settings
+        user_dir: a module to import first
+        student_task: gives the dictionaries and the lengths that the teacher must match
+
+    Raises:
+        ConfigError: with the flag to blame: no path, no such file, not a checkpoint, other dictionaries
+    """
+    if not checkpoint_path:
+        raise ConfigError(
+            f"{FLAG} is missing: --kd-strategy {student_task.cfg.kd_strategy} distils a teacher; "
+            "name its checkpoint, or train without one by --kd-strategy word_seq_level --alpha 0"
+        )
+    settings = _parse_overrides(overrides)
+    if user_dir is not None:
+        _import_user_dir(user_dir)
+    with _random_state_kept():
+        models = [_load_one(path, settings, student_task) for path in utils.split_paths(checkpoint_path)]
+    return Teacher(models)
+
+
+def _parse_overrides(overrides: str) -> Dict[str, Any]:
+    try:
+        settings = ast.literal_eval(overrides)
+    except (ValueError, SyntaxError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"--teacher-model-overrides {overrides}: not a dictionary; write it as \"{{'data': 'folder'}}\""
+        )
+    return settings
+
+
+def _import_user_dir(user_dir: str) -> None:
+    try:
+        utils.import_user_module(Namespace(user_dir=user_dir))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--teacher-user-dir {user_dir}: no such folder; name the one with the teacher's __init__.py"
+        ) from None
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Building a model draws its initial weights: put the generators of the CPU back, where it is built."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.nn.Module:
+    state = _read_checkpoint(path, settings)
+    cfg = state["cfg"]
+    with open_dict(cfg.task):
+        if "data" in cfg.task:
+            cfg.task.data = _dictionary_folder(path, settings, cfg.task, student_task)
+        if "eval_bleu" in cfg.task:  # would build a generator and a tokenizer for nothing
+            cfg.task.eval_bleu = False
+    try:
+        task = tasks.setup_task(cfg.task)
+    except AssertionError as error:
+        raise ConfigError(
+            f"{FLAG} {path}: its task '{cfg.task._name}' is not registered; "
+            "name the module that registers it by --teacher-user-dir"
+        ) from error
+    _compare_dictionaries(path, "source", task.source_dictionary, student_task.source_dictionary)
+    _compare_dictionaries(path, "target", task.target_dictionary, student_task.target_dictionary)
+    model = _build_model(path, task, cfg.model, state)
+    _check_lengths(path, model, student_task)
+    logger.info(
+        "loaded teacher %s: architecture %s, %s parameters, saved as %s",
+        path,
+        getattr(cfg.model, "arch", None) or cfg.model._name,
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
+    )
+    return model
+
+
+def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
+    """The state in `path`, with its settings as a structured config under ``cfg``."""
+    if not os.path.isfile(path):
+        raise ConfigError(f"{FLAG} {path}: no such file; name the checkpoint that fairseq-train wrote")
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(path, settings)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{FLAG} {path}: refused, {_reason(error)}") from error
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        broken = (
+            "cut short or not a checkpoint" if zipfile.is_zipfile(path) else "not a checkpoint of fairseq"
+        )
+        raise ConfigError(f"{FLAG} {path}: {broken} ({_reason(error)})") from error
+    if state.get("args") is not None:
+        state["cfg"], state["args"] = convert_namespace_to_omegaconf(state["args"]), None
+    if state.get("cfg") is None or "model" not in state:
+        raise ConfigError(f"{FLAG} {path}: not a checkpoint of fairseq: it has no settings or no model")
+    return state
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what torch says of a file, without its advice to load it unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        if "Unsupported" in line or "not an allowed global" in line:
+            return line.split("Please use")[0].replace("WeightsUnpickler error: ", "").strip()
+    return lines[0] if lines else type(error).__name__
+
+
+def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, student_task: Any) -> str:
+    """Where the teacher's dictionaries are: as the user says, beside the checkpoint, or where it was trained."""
+    if "data" in settings:
+        return settings["data"]
+    beside, recorded = os.path.dirname(os.path.abspath(path)), utils.split_paths(task_cfg.data)[0]
+    languages = [
+        getattr(task_cfg, side, None) or getattr(student_task.cfg, side)
+        for side in ("source_lang", "target_lang")
+    ]
+    for folder in (beside, recorded):
+        if all(os.path.isfile(os.path.join(folder, f"dict.{language}.txt")) for language in languages):
+            return folder
+    raise ConfigError(
+        f"{FLAG} {path}: no dict.{languages[0]}.txt and dict.{languages[1]}.txt beside it or in {recorded}, where "
+        "it was trained; name their folder by --teacher-model-overrides \"{'data': 'folder'}\""
+    )
+
+
+def _compare_dictionaries(path: str, side: str, teacher: Dictionary, student: Dictionary) -> None:
+    if teacher.symbols == student.symbols:
+        return
+    pairs = zip(teacher.symbols, student.symbols)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(teacher), len(student)))
+    theirs, ours = (repr(d.symbols[first]) if first < len(d) else "nothing" for d in (teacher, student))
+    raise ConfigError(
+        f"{FLAG} {path}: its {side} dictionary differs from the student's: entry {first} is {theirs} for the "
+        f"teacher and {ours} for the student (sizes {len(teacher)} and {len(student)}); preprocess the "
+        "student's data with the teacher's dictionaries (fairseq-preprocess --srcdict, --tgtdict)"
+    )
+
+
+def _build_model(path: str, task: Any, model_cfg: Any, state: Dict[str, Any]) -> torch.nn.Module:
+    try:
+        if "from_checkpoint" in inspect.signature(task.build_model).parameters:
+            model = task.build_model(model_cfg, from_checkpoint=True)
+        else:
+            model = task.build_model(model_cfg)
+    except (AssertionError, KeyError) as error:
+        raise ConfigError(
+            f"{FLAG} {path}: its architecture '{model_cfg._name}' cannot be built ({_reason(error)}); "
+            "name the module that registers it by --teacher-user-dir"
+        ) from error
+    history = state.get("optimizer_history") or [{}]
+    model.set_num_updates(history[-1].get("num_updates", 0))
+    try:
+        model.load_state_dict(state["model"], strict=True, model_cfg=model_cfg)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{FLAG} {path}: its weights do not fit its settings ({' '.join(str(error).split())[:300]}); "
+            "mend the settings by --teacher-model-overrides"
+        ) from error
+    return model
+
+
+def _check_lengths(path: str, model: torch.nn.Module, student_task: Any) -> None:
+    sides = zip(("source", "target"), model.max_positions(), student_task.max_positions())
+    for side, theirs, ours in sides:
+        if theirs < ours:
+            raise ConfigError(
+                f"--max-{side}-positions {ours}: the teacher {path} takes at most {theirs} tokens; "
+                f"use --max-{side}-positions {theirs}"
+            )

@@ -1,0 +1,131 @@
+"""Translation with a teacher: the flags of the task, the teacher's owner, and what is saved of a run."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional
+
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+from kd_ext.errors import ConfigError
+from kd_ext.modules.teacher import Teacher
+from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
+from kd_ext.tasks.load_teacher import load_teacher
+
+logger = logging.getLogger(__name__)
+
+CRITERION = "label_smoothed_cross_entropy_with_kd"
+
+
+@dataclass
+class TranslationWithKDConfig(TranslationConfig):
+    kd_strategy: str = field(
+        default="word_seq_level",
+        metadata={"help": "what is distilled: " + ", ".join(STRATEGIES)},
+    )
+    teacher_checkpoint_path: Optional[str] = field(
+        default=None,
+        metadata={"help": "checkpoint of the teacher; several joined by ':' are an ensemble"},
+    )
+    teacher_model_overrides: str = field(
+        default="{}",
+        metadata={"help": "a dictionary that overrides the teacher's saved settings, as --model-overrides"},
+    )
+    teacher_user_dir: Optional[str] = field(
+        default=None,
+        metadata={"help": "a second user module, in which the teacher's architecture is registered"},
+    )
+    kd_language_tag: str = field(
+        default="__src__",
+        metadata={
+            "help": "prefix of the source token that names a sentence's language, for global_language_wise; "
+            "'__tgt__' for one-to-many models"
+        },
+    )
+
+
+@register_task("translation_with_kd", dataclass=TranslationWithKDConfig)
+class TranslationWithKDTask(TranslationTask):
+    """Translation whose training is guided by a frozen teacher.
+
+    The task owns the teacher, which is in no checkpoint, and the token selector, whose queues are in every one.
+    Nothing of the teacher is needed to validate a student or to translate with it.
+
+    Raises:
+        ConfigError: from ``setup_task`` or ``build_criterion`` where a flag cannot be used
+    """
+
+    # read by kd_ext.upstream.resume
+    restores_state = True
+
+    def __init__(self, cfg, src_dict, tgt_dict):
+        super().__init__(cfg, src_dict, tgt_dict)
+        self.selector: Optional[TokenSelector] = None
+        self._builds_student = False
+
+    @classmethod
+    def setup_task(cls, cfg, **kwargs):
+        if cfg.kd_strategy not in STRATEGIES:
+            raise ConfigError(f"--kd-strategy {cfg.kd_strategy}: unknown; one of {', '.join(STRATEGIES)}")
+        return super().setup_task(cfg, **kwargs)
+
+    def build_model(self, cfg, from_checkpoint=False):
+        # validation and generation build their models from a checkpoint: only training needs a teacher
+        self._builds_student = not from_checkpoint
+        return super().build_model(cfg, from_checkpoint)
+
+    def build_criterion(self, cfg):
+        if self.cfg.teacher_checkpoint_path and cfg._name != CRITERION:
+            raise ConfigError(
+                f"--teacher-checkpoint-path {self.cfg.teacher_checkpoint_path}: --criterion {cfg._name} "
+                f"has no use for a teacher; use --criterion {CRITERION}"
+            )
+        return super().build_criterion(cfg)
+
+    def load_teacher(self) -> Optional[Teacher]:
+        """Load what ``--teacher-checkpoint-path`` names; None if there is no training to come."""
+        if not self._builds_student:
+            return None
+        return load_teacher(
+            self.cfg.teacher_checkpoint_path,
+            overrides=self.cfg.teacher_model_overrides,
+            user_dir=self.cfg.teacher_user_dir,
+            student_task=self,
+        )
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        if ignore_grad:  # a worker whose shard has run out repeats a batch of others
+            sample = {**sample, "is_dummy": True}
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def optimizer_step(self, optimizer, model, update_num):
+        # --fp16 raises an error on overflow and never comes here; --amp skips the update and lowers its scale
+        scaler = optimizer.scaler if isinstance(optimizer, AMPOptimizer) else None
+        scale = scaler.get_scale() if scaler is not None else None
+        super().optimizer_step(optimizer, model, update_num)
+        if self.selector is not None and (scaler is None or scaler.get_scale() >= scale):
+            self.selector.commit()
+
+    def state_dict(self) -> Dict[str, Any]:
+        state = dict(super().state_dict())
+        if self.selector is not None and self.selector.needs_queue:
+            state["kd"] = {"strategy": self.cfg.kd_strategy, "queues": self.selector.state_dict()}
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        state = dict(state_dict)
+        saved = state.pop("kd", None)
+        super().load_state_dict(state)
+        if self.selector is None or not self.selector.needs_queue:
+            return
+        if saved is None or saved["strategy"] != self.cfg.kd_strategy:
+            logger.warning(
+                "the checkpoint has no queues of --kd-strategy %s (its own: %s); they start empty",
+                self.cfg.kd_strategy,
+                saved["strategy"] if saved else "none",
+            )
+            return
+        self.selector.load_state_dict(saved["queues"])
+        sizes = {name: values.numel() for name, values in saved["queues"].items()}
+        logger.info("restored the queues of --kd-strategy %s: %s tokens", self.cfg.kd_strategy, sizes)
