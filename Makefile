@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/python examples/demo/run.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/ready
 	$(BIN)/ruff check .

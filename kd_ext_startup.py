@@ -14,12 +14,13 @@ class _Watcher:
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name in ("fairseq", "hydra"):
+        # in sys.modules: another finder came first for the package itself (pytest has such a one)
+        if name in ("fairseq", "hydra") or "fairseq" in sys.modules or "hydra" in sys.modules:
             sys.meta_path.remove(cls)
             try:
                 _apply()
             except Exception as error:  # never break another program: fairseq's own error comes next
-                print(f"kd_ext: the start-up remedies for {name} failed: {error!r}", file=sys.stderr)
+                print(f"kd_ext: the start-up remedies for fairseq failed: {error!r}", file=sys.stderr)
         return None
 
 

@@ -2,9 +2,10 @@
 
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import List
+
+from commands import script
 
 LANGUAGES = ["hi", "ta", "bn"]
 WORDS = [f"w{i}" for i in range(40)]
@@ -19,11 +20,6 @@ def sentence_pairs(count: int, seed: int, tagged: bool = True, languages: List[s
         yield " ".join(tags + words), " ".join(reversed(words))
 
 
-def command(name: str) -> str:
-    """The path of a console script of this environment."""
-    return str(Path(sys.executable).parent / name)
-
-
 def preprocess(folder: Path, tagged: bool = True, train: int = 300) -> Path:
     """Write and binarize the corpus; returns the folder for fairseq-train."""
     raw = folder / "raw"
@@ -34,7 +30,7 @@ def preprocess(folder: Path, tagged: bool = True, train: int = 300) -> Path:
             (raw / f"{split}.{language}").write_text("".join(pair[side] + "\n" for pair in pairs))
     prefixes = [a for s in ("train", "valid", "test") for a in (f"--{s}pref", str(raw / s))]
     subprocess.run(
-        [command("fairseq-preprocess"), "-s", "src", "-t", "tgt", "--joined-dictionary", *prefixes]
+        [script("fairseq-preprocess"), "-s", "src", "-t", "tgt", "--joined-dictionary", *prefixes]
         + ["--destdir", str(folder / "bin"), "--workers", "1"],
         check=True,
         stdout=subprocess.DEVNULL,

@@ -41,9 +41,7 @@ class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionCo
     )
     kd_temperature: float = field(
         default=1.0,
-        metadata={
-            "help": "temperature T of both softmaxes of the distillation term, which is multiplied by T^2"
-        },
+        metadata={"help": "temperature T of both softmaxes of the distillation term, which is multiplied by T^2"},
     )
 
 
@@ -74,9 +72,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
         if not isinstance(task, TranslationWithKDTask):
             name = getattr(task.cfg, "_name", None) or type(task).__name__
-            raise ConfigError(
-                f"--criterion {CRITERION} works with --task translation_with_kd, not with --task {name}"
-            )
+            raise ConfigError(f"--criterion {CRITERION} works with --task translation_with_kd, not with --task {name}")
         strategy = task.cfg.kd_strategy
         _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_temperature)
         self.temperature = kd_temperature
@@ -110,9 +106,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if not model.training or self.distilled_weight == 0:
             return super().forward(model, sample, reduce)
         if self.teacher is None:
-            raise RuntimeError(
-                "a model that was loaded to be used cannot be trained: its teacher was not loaded"
-            )
+            raise RuntimeError("a model that was loaded to be used cannot be trained: its teacher was not loaded")
         self.teacher.place_like(model)
         net_output = model(**sample["net_input"])
         real = self._real_tokens(sample["target"])  # B x T, n true

@@ -19,9 +19,7 @@ class LanguageTags:
 
     def __init__(self, symbols: Sequence[str], prefix: str) -> None:
         languages: List[str] = []
-        table = torch.zeros(
-            len(symbols), dtype=torch.long
-        )  # vocabulary id -> language + 1, 0 for other words
+        table = torch.zeros(len(symbols), dtype=torch.long)  # vocabulary id -> language + 1, 0 for other words
         for index, symbol in enumerate(symbols):
             if symbol.startswith(prefix) and len(symbol) > len(prefix):
                 languages.append(symbol[len(prefix) :])

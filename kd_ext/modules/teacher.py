@@ -21,7 +21,7 @@ class Teacher:
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
-        self.models: List[nn.Module] = [model.eval().requires_grad_(False) for model in models]
+        self.models: List[Any] = [model.eval().requires_grad_(False) for model in models]
         self._placed = False
 
     def place_like(self, student: nn.Module) -> None:

@@ -45,9 +45,7 @@ class TokenSelector:
     needs_queue = False
     by_language = False
 
-    def __init__(
-        self, rate: float, capacity: int, pools: Sequence[str], gather: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, rate: float, capacity: int, pools: Sequence[str], gather: Callable[[Tensor], Tensor]) -> None:
         self.rate = rate
         self.capacity = capacity
         self.pools = list(pools)

@@ -26,9 +26,7 @@ logger = logging.getLogger(__name__)
 FLAG = "--teacher-checkpoint-path"
 
 
-def load_teacher(
-    checkpoint_path: Optional[str], overrides: str, user_dir: Optional[str], student_task: Any
-) -> Teacher:
+def load_teacher(checkpoint_path: Optional[str], overrides: str, user_dir: Optional[str], student_task: Any) -> Teacher:
     """Load a teacher, on the CPU in float32, beside a student's task.
 
     Each model is built by a task of its own. The student's task, its dictionaries and the state of every random
@@ -125,9 +123,7 @@ def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{FLAG} {path}: refused, {_reason(error)}") from error
     except (RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        broken = (
-            "cut short or not a checkpoint" if zipfile.is_zipfile(path) else "not a checkpoint of fairseq"
-        )
+        broken = "cut short or not a checkpoint" if zipfile.is_zipfile(path) else "not a checkpoint of fairseq"
         raise ConfigError(f"{FLAG} {path}: {broken} ({_reason(error)})") from error
     if state.get("args") is not None:
         state["cfg"], state["args"] = convert_namespace_to_omegaconf(state["args"]), None
@@ -151,8 +147,7 @@ def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, stude
         return settings["data"]
     beside, recorded = os.path.dirname(os.path.abspath(path)), utils.split_paths(task_cfg.data)[0]
     languages = [
-        getattr(task_cfg, side, None) or getattr(student_task.cfg, side)
-        for side in ("source_lang", "target_lang")
+        getattr(task_cfg, side, None) or getattr(student_task.cfg, side) for side in ("source_lang", "target_lang")
     ]
     for folder in (beside, recorded):
         if all(os.path.isfile(os.path.join(folder, f"dict.{language}.txt")) for language in languages):

@@ -1,0 +1,99 @@
+"""Runs fairseq's commands for the tests: as typed, or, faster, forked from a process that has imported them."""
+
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import List, NamedTuple, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGIN = ["--user-dir", str(ROOT / "kd_ext")]
+# one thread: the commands are tiny, and a forked process must not inherit a pool of threads
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+_modules = {
+    "fairseq-train": "fairseq_cli.train",
+    "fairseq-generate": "fairseq_cli.generate",
+    "fairseq-interactive": "fairseq_cli.interactive",
+    "fairseq-validate": "fairseq_cli.validate",
+}
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch._dynamo", "sacrebleu", *_modules.values()])
+
+
+class Result(NamedTuple):
+    returncode: int
+    output: str
+
+    @property
+    def last_line(self) -> str:
+        return self.output.strip().splitlines()[-1]
+
+
+def script(name: str) -> str:
+    """The path of a console script of this environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+def run_as_typed(name: str, *arguments: object, stdin: Optional[str] = None, **environment: str) -> Result:
+    """Run a console script in a process of its own."""
+    done = subprocess.run(
+        [script(name), *map(str, arguments)],
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**ENVIRONMENT, **environment},
+        timeout=300,
+    )
+    return Result(done.returncode, done.stdout)
+
+
+class Forked:
+    """A command under way in a process forked from one in which fairseq, without the plugin, is imported."""
+
+    def __init__(self, log: Path, name: str, *arguments: object) -> None:
+        self._log = log
+        os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # the server starts with these
+        self._process = _server.Process(target=_main, args=(str(log), name, [str(a) for a in arguments]))
+        self._process.start()
+
+    def wait(self) -> Result:
+        self._process.join(300)
+        assert not self._process.is_alive(), f"still running: {self.output}"
+        return Result(self._process.exitcode, self.output)
+
+    def kill_when(self, condition) -> None:
+        """Kill -9 as soon as `condition()` holds; it must hold before the command ends."""
+        while not condition():
+            assert self._process.is_alive(), f"ended before it could be killed: {self.output}"
+            time.sleep(0.005)
+        self._process.kill()
+        self._process.join()
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+
+def run(log: Path, name: str, *arguments: object) -> Result:
+    """Run a command to its end in a forked process."""
+    return Forked(log, name, *arguments).wait()
+
+
+def _main(log: str, name: str, arguments: List[str]) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [name, *arguments]
+    try:
+        importlib.import_module(_modules[name]).cli_main()
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)

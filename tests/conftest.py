@@ -1,0 +1,89 @@
+import os
+
+os.environ.update(OMP_NUM_THREADS="1")  # before torch is imported
+
+import pytest
+import torch
+from commands import PLUGIN, Result, run
+from corpus import preprocess
+
+SIZES = ["--encoder-layers", "1", "--decoder-layers", "1", "--encoder-attention-heads", "2"]
+SIZES += ["--decoder-attention-heads", "2", "--encoder-embed-dim", "16", "--decoder-embed-dim", "16"]
+SIZES += ["--encoder-ffn-embed-dim", "32", "--decoder-ffn-embed-dim", "32"]
+TRAINING = [*PLUGIN, "--optimizer", "adam", "--lr", "0.01", "--max-tokens", "200", "--cpu", "--num-workers", "0"]
+TRAINING += ["--no-progress-bar", "--log-interval", "1", "--label-smoothing", "0.1", "--max-epoch", "50"]
+KD = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"]
+STRATEGIES = {
+    "word_seq_level": ["--alpha", "0.5"],
+    "word_level": [],
+    "batch_level": ["--kd-rate", "0.5"],
+    "global_level": ["--kd-rate", "0.5", "--kd-queue-size", "700"],
+    "global_language_wise": ["--kd-rate", "0.5", "--kd-queue-size", "300"],
+}
+
+
+def strategy_flags(strategy):
+    return ["--kd-strategy", strategy, *STRATEGIES[strategy]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The folder with ``bin`` (binarized) and ``raw`` (text) of the tagged corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    preprocess(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(corpus):
+    return corpus / "bin"
+
+
+@pytest.fixture(scope="session")
+def train(data):
+    """Runs fairseq-train into a folder, forked; returns its exit status and what it printed."""
+
+    def train(save_dir, *flags, arch="transformer") -> Result:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        log = save_dir / "log"
+        return run(log, "fairseq-train", *[data, *TRAINING, "--arch", arch, *SIZES, "--save-dir", save_dir, *flags])
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def teacher(train, tmp_path_factory, data):
+    """The checkpoint of a teacher, trained by upstream's own task and criterion."""
+    save_dir = tmp_path_factory.mktemp("teacher")
+    result = train(save_dir, "--criterion", "label_smoothed_cross_entropy", "--max-update", "40")
+    assert result.returncode == 0, result.output
+    return save_dir / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="session")
+def distil(train, teacher):
+    """Runs fairseq-train with the teacher."""
+
+    def distil(save_dir, *flags, strategy="word_seq_level", **kwargs) -> Result:
+        with_teacher = [*KD, "--teacher-checkpoint-path", teacher, *strategy_flags(strategy)]
+        return train(save_dir, *with_teacher, *flags, **kwargs)
+
+    return distil
+
+
+@pytest.fixture(scope="session")
+def student(distil, tmp_path_factory):
+    """The checkpoint of a student distilled with language-wise selection."""
+    save_dir = tmp_path_factory.mktemp("student")
+    result = distil(save_dir, "--max-update", "20", strategy="global_language_wise")
+    assert result.returncode == 0, result.output
+    return save_dir / "checkpoint_last.pt"
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)

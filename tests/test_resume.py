@@ -1,0 +1,74 @@
+"""A run that was stopped ends as one that was not: the same weights, bit for bit, and the same queues."""
+
+import pytest
+import torch
+from commands import Forked
+from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
+
+
+def is_trained(name):
+    """Not upstream's eight dead parameters of an encoder layer, nor the uninitialized buffer of its positions."""
+    dead = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
+    dead += ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "_float_tensor")
+    return not name.endswith(dead)
+
+
+def assert_same_run(a, b):
+    a, b = load(a), load(b)
+    names = [name for name in a["model"] if is_trained(name)]
+    assert len(names) > 40
+    for name in names:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    queues_a, queues_b = (state["task_state"].get("kd", {}).get("queues", {}) for state in (a, b))
+    assert queues_a.keys() == queues_b.keys()
+    for name in queues_a:
+        assert torch.equal(queues_a[name], queues_b[name]), name
+    return queues_a
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stopped_and_resumed(distil, tmp_path, strategy):
+    flags = ["--dropout", "0.1", "--no-epoch-checkpoints"]
+    # 16 updates an epoch: the stop at 10 is in the middle of the first
+    assert distil(tmp_path / "whole", *flags, "--max-update", 20, strategy=strategy).returncode == 0
+    assert distil(tmp_path / "parts", *flags, "--max-update", 10, strategy=strategy).returncode == 0
+    resumed = distil(tmp_path / "parts", *flags, "--max-update", 20, strategy=strategy)
+    assert resumed.returncode == 0
+    assert "Loaded checkpoint" in resumed.output
+    queues = assert_same_run(tmp_path / "whole/checkpoint_last.pt", tmp_path / "parts/checkpoint_last.pt")
+    expected = {"global_level": {"all"}, "global_language_wise": {"hi", "ta", "bn"}}
+    assert queues.keys() == expected.get(strategy, set())
+    if queues:
+        assert sum(values.numel() for values in queues.values()) >= 700
+
+
+@pytest.mark.parametrize("strategy", ["global_level", "global_language_wise"])
+def test_killed_in_mid_epoch(distil, data, teacher, tmp_path, strategy):
+    flags = ["--dropout", "0.1", "--save-interval-updates", "5", "--max-update", "40", "--seed", "3"]
+    assert distil(tmp_path / "whole", *flags, strategy=strategy).returncode == 0
+    save_dir = tmp_path / "killed"
+    save_dir.mkdir()
+    command = [data, *TRAINING, "--arch", "transformer", *SIZES, *KD, "--teacher-checkpoint-path", teacher]
+    command += [*strategy_flags(strategy), "--save-dir", save_dir, *flags]
+    process = Forked(tmp_path / "log", "fairseq-train", *command)
+    process.kill_when(lambda: "num_updates=23," in process.output)
+    saved = load(save_dir / "checkpoint_last.pt")
+    assert saved["optimizer_history"][-1]["num_updates"] == 20
+    resumed = distil(save_dir, *flags, strategy=strategy)
+    assert resumed.returncode == 0, resumed.output
+    assert_same_run(tmp_path / "whole/checkpoint_last.pt", save_dir / "checkpoint_last.pt")
+
+
+def test_reset_optimizer_starts_with_empty_queues(distil, tmp_path):
+    strategy = "global_level"
+    assert distil(tmp_path, "--max-update", 5, strategy=strategy).returncode == 0
+    result = distil(tmp_path, "--reset-optimizer", "--reset-dataloader", "--max-update", 1, strategy=strategy)
+    assert result.returncode == 0
+    assert "restored the queues" not in result.output
+
+
+def test_another_strategy_on_resume_is_said(distil, tmp_path):
+    assert distil(tmp_path, "--max-update", 5, strategy="global_level").returncode == 0
+    result = distil(tmp_path, "--max-update", 6, strategy="global_language_wise")
+    assert result.returncode == 0
+    assert "no queues of --kd-strategy global_language_wise (its own: global_level)" in result.output
