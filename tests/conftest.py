@@ -7,6 +7,8 @@ import torch
 from commands import PLUGIN, Result, run
 from corpus import preprocess
 
+import kd_ext  # noqa: F401  lets torch read checkpoints of fairseq
+
 SIZES = ["--encoder-layers", "1", "--decoder-layers", "1", "--encoder-attention-heads", "2"]
 SIZES += ["--decoder-attention-heads", "2", "--encoder-embed-dim", "16", "--decoder-embed-dim", "16"]
 SIZES += ["--encoder-ffn-embed-dim", "32", "--decoder-ffn-embed-dim", "32"]

@@ -1,0 +1,119 @@
+"""fairseq-train with the plugin: the command lines of the README, precisions, and upstream's options."""
+
+import re
+
+import pytest
+import torch
+from commands import PLUGIN, run_as_typed
+from conftest import KD, SIZES, TRAINING, load
+from test_resume import is_trained
+
+from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKDConfig
+
+README_LINES = [
+    "--kd-strategy word_seq_level --alpha 0.5",
+    "--kd-strategy batch_level --kd-rate 0.5",
+    "--kd-strategy global_level --kd-rate 0.5 --kd-queue-size 1000000",
+    "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 1000000",
+]
+
+
+def logged(output, name):
+    """The values of a metric in the lines of the training updates."""
+    return [float(x) for x in re.findall(rf"train_inner .*? {name}=([-\d.e]+|nan)", output)]
+
+
+@pytest.mark.parametrize("line", README_LINES)
+def test_command_lines_of_the_readme(data, teacher, tmp_path, line):
+    flags = [*TRAINING, "--arch", "transformer", *SIZES, *KD, "--teacher-checkpoint-path", teacher]
+    result = run_as_typed("fairseq-train", data, *flags, "--save-dir", tmp_path, "--max-update", 20, *line.split())
+    assert result.returncode == 0, result.output
+    loss = logged(result.output, "nll_loss")
+    assert len(loss) == 20
+    assert loss[-1] < loss[0] - 0.5
+    assert all(kl >= 0 for kl in logged(result.output, "kd_kl"))
+    share = logged(result.output, "kd_selected")
+    if "word_seq_level" in line:
+        assert set(share) == {1}
+    else:
+        assert 0.3 < sum(share) / len(share) < 0.7
+        names = ["kd_gate_hi", "kd_gate_ta", "kd_gate_bn"] if "language" in line else ["kd_gate"]
+        for name in names:
+            assert len(logged(result.output, name)) == 20
+    assert re.search(r"valid on 'valid' subset \| loss \d", result.output)
+    assert "loaded teacher" in result.output
+    assert "architecture transformer" in result.output
+    assert "parameters" in result.output
+    assert "teacher placed on cpu as torch.float32" in result.output
+
+
+def test_half_precision_on_a_cpu(distil, tmp_path):
+    """The one that upstream runs without CUDA: it takes --bf16 for a TPU, and --fp16 asks for a CUDA device."""
+    flags = ["--memory-efficient-fp16", "--fp16-init-scale", "4", "--max-update", "12"]
+    result = distil(tmp_path, *flags, strategy="global_language_wise")
+    assert result.returncode == 0, result.output
+    assert "teacher placed on cpu as torch.float16" in result.output
+    loss = logged(result.output, "nll_loss")
+    assert len(loss) == 12
+    assert loss[-1] < loss[0]
+    queues = load(tmp_path / "checkpoint_last.pt")["task_state"]["kd"]["queues"]
+    assert {values.dtype for values in queues.values()} == {torch.float32}
+
+
+def test_upstreams_options_together(distil, tmp_path):
+    flags = ["--update-freq", "3", "--sentence-avg", "--ignore-prefix-size", "1", "--report-accuracy"]
+    result = distil(tmp_path, *flags, "--max-update", "6", strategy="global_level")
+    assert result.returncode == 0, result.output
+    assert len(logged(result.output, "accuracy")) == 6
+    assert "kd_gate" in result.output
+
+
+def test_alpha_0_is_upstreams_run_and_needs_no_teacher(train, tmp_path):
+    """Defect 6, its second half: nothing is paid for a teacher of weight 0."""
+    flags = ["--max-update", "8", "--dropout", "0.1"]
+    plain = train(tmp_path / "plain", "--criterion", "label_smoothed_cross_entropy", *flags)
+    ours = train(tmp_path / "ours", *KD, "--kd-strategy", "word_seq_level", "--alpha", "0", *flags)
+    assert plain.returncode == ours.returncode == 0
+    a, b = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("plain", "ours"))
+    for name in filter(is_trained, a):
+        assert torch.equal(a[name], b[name])
+
+
+def test_alpha_defaults_to_one_half():
+    """Defect 6, its first half."""
+    assert LabelSmoothedCrossEntropyWithKDConfig().alpha == 0.5
+
+
+def test_word_level_is_alpha_1(distil, tmp_path):
+    models = []
+    for name, strategy, flags in (("a", "word_level", []), ("b", "word_seq_level", ["--alpha", "1"])):
+        assert distil(tmp_path / name, "--max-update", "5", *flags, strategy=strategy).returncode == 0
+        models.append(load(tmp_path / name / "checkpoint_last.pt")["model"])
+    for name in filter(is_trained, models[0]):
+        assert torch.equal(models[0][name], models[1][name])
+
+
+def test_eval_bleu_is_the_students(distil, teacher, data, tmp_path):
+    """Defect 10: an untrained student cannot have the BLEU of its teacher."""
+    flags = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--max-update", "1", "--lr", "1e-9"]
+    result = distil(tmp_path, *flags)
+    assert result.returncode == 0, result.output
+    assert float(re.search(r"\| bleu ([\d.]+)", result.output)[1]) < 1
+    generated = run_as_typed(
+        "fairseq-generate", data, *PLUGIN, "--path", tmp_path / "checkpoint_last.pt", "--gen-subset", "valid",
+        "--task", "translation", "--cpu", "--beam", 2,
+    )  # fmt: skip
+    assert generated.returncode == 0, generated.output
+
+
+def test_a_checkpoint_holds_nothing_of_the_teacher(student, teacher):
+    state, teachers = load(student), load(teacher)
+    assert state["model"].keys() == teachers["model"].keys()  # of the same architecture
+    assert state["criterion"] is None
+    assert state["task_state"]["kd"].keys() == {"strategy", "queues"}
+
+
+def test_unused_flags_are_said(distil, tmp_path):
+    result = distil(tmp_path, "--max-update", "1", "--alpha", "0.3", "--kd-queue-size", "7", strategy="batch_level")
+    assert "--alpha 0.3 has no effect with --kd-strategy batch_level" in result.output
+    assert "--kd-queue-size 7 has no effect with --kd-strategy batch_level" in result.output
