@@ -5,9 +5,8 @@ import contextlib
 import inspect
 import logging
 import os
-import pickle
 import random
-import zipfile
+import re
 from argparse import Namespace
 from typing import Any, Dict, Iterator, Optional
 
@@ -16,6 +15,8 @@ import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
 from omegaconf import open_dict
 
 from kd_ext.errors import ConfigError
@@ -88,18 +89,10 @@ def _random_state_kept() -> Iterator[None]:
 def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.nn.Module:
     state = _read_checkpoint(path, settings)
     cfg = state["cfg"]
-    with open_dict(cfg.task):
-        if "data" in cfg.task:
-            cfg.task.data = _dictionary_folder(path, settings, cfg.task, student_task)
-        if "eval_bleu" in cfg.task:  # would build a generator and a tokenizer for nothing
-            cfg.task.eval_bleu = False
-    try:
-        task = tasks.setup_task(cfg.task)
-    except AssertionError as error:
-        raise ConfigError(
-            f"{FLAG} {path}: its task '{cfg.task._name}' is not registered; "
-            "name the module that registers it by --teacher-user-dir"
-        ) from error
+    _check_registered(path, "task", cfg.task._name, TASK_REGISTRY)
+    _check_registered(path, "architecture", cfg.model._name, {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY})
+    _point_at_dictionaries(path, settings, cfg.task, student_task)
+    task = tasks.setup_task(cfg.task)
     _compare_dictionaries(path, "source", task.source_dictionary, student_task.source_dictionary)
     _compare_dictionaries(path, "target", task.target_dictionary, student_task.target_dictionary)
     model = _build_model(path, task, cfg.model, state)
@@ -107,7 +100,7 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.n
     logger.info(
         "loaded teacher %s: architecture %s, %s parameters, saved as %s",
         path,
-        getattr(cfg.model, "arch", None) or cfg.model._name,
+        cfg.model._name,
         f"{sum(p.numel() for p in model.parameters()):,}",
         next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
     )
@@ -120,11 +113,15 @@ def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
         raise ConfigError(f"{FLAG} {path}: no such file; name the checkpoint that fairseq-train wrote")
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path, settings)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(f"{FLAG} {path}: refused, {_reason(error)}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        broken = "cut short or not a checkpoint" if zipfile.is_zipfile(path) else "not a checkpoint of fairseq"
-        raise ConfigError(f"{FLAG} {path}: {broken} ({_reason(error)})") from error
+    except Exception as error:  # the bytes of a file can make torch raise anything
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            reason = f"it refers to {foreign[1]}, which no checkpoint of fairseq does: loading it could run code"
+            raise ConfigError(f"{FLAG} {path}: refused, {reason}") from error
+        raise ConfigError(
+            f"{FLAG} {path}: cut short, or not a checkpoint of fairseq ({type(error).__name__}); "
+            "name a file that fairseq-train wrote"
+        ) from error
     if state.get("args") is not None:
         state["cfg"], state["args"] = convert_namespace_to_omegaconf(state["args"]), None
     if state.get("cfg") is None or "model" not in state:
@@ -132,13 +129,24 @@ def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     return state
 
 
-def _reason(error: BaseException) -> str:
-    """One line of what torch says of a file, without its advice to load it unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if "Unsupported" in line or "not an allowed global" in line:
-            return line.split("Please use")[0].replace("WeightsUnpickler error: ", "").strip()
-    return lines[0] if lines else type(error).__name__
+def _check_registered(path: str, kind: str, name: str, registry: Dict[str, Any]) -> None:
+    if name not in registry:
+        raise ConfigError(
+            f"{FLAG} {path}: its {kind} '{name}' is not registered; "
+            "name the module that registers it by --teacher-user-dir"
+        )
+
+
+def _point_at_dictionaries(path: str, settings: Dict[str, Any], task_cfg: Any, student_task: Any) -> None:
+    """Make a task's settings fit for building a teacher: dictionaries, and no generator of its own."""
+    with open_dict(task_cfg):
+        for side in ("source_lang", "target_lang"):
+            if side in task_cfg and task_cfg[side] is None:
+                task_cfg[side] = getattr(student_task.cfg, side)
+        if "data" in task_cfg:
+            task_cfg.data = _dictionary_folder(path, settings, task_cfg, student_task)
+        if "eval_bleu" in task_cfg:
+            task_cfg.eval_bleu = False
 
 
 def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, student_task: Any) -> str:
@@ -146,9 +154,7 @@ def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, stude
     if "data" in settings:
         return settings["data"]
     beside, recorded = os.path.dirname(os.path.abspath(path)), utils.split_paths(task_cfg.data)[0]
-    languages = [
-        getattr(task_cfg, side, None) or getattr(student_task.cfg, side) for side in ("source_lang", "target_lang")
-    ]
+    languages = [task_cfg.get(side) or getattr(student_task.cfg, side) for side in ("source_lang", "target_lang")]
     for folder in (beside, recorded):
         if all(os.path.isfile(os.path.join(folder, f"dict.{language}.txt")) for language in languages):
             return folder
@@ -172,16 +178,10 @@ def _compare_dictionaries(path: str, side: str, teacher: Dictionary, student: Di
 
 
 def _build_model(path: str, task: Any, model_cfg: Any, state: Dict[str, Any]) -> torch.nn.Module:
-    try:
-        if "from_checkpoint" in inspect.signature(task.build_model).parameters:
-            model = task.build_model(model_cfg, from_checkpoint=True)
-        else:
-            model = task.build_model(model_cfg)
-    except (AssertionError, KeyError) as error:
-        raise ConfigError(
-            f"{FLAG} {path}: its architecture '{model_cfg._name}' cannot be built ({_reason(error)}); "
-            "name the module that registers it by --teacher-user-dir"
-        ) from error
+    if "from_checkpoint" in inspect.signature(task.build_model).parameters:
+        model = task.build_model(model_cfg, from_checkpoint=True)
+    else:
+        model = task.build_model(model_cfg)
     history = state.get("optimizer_history") or [{}]
     model.set_num_updates(history[-1].get("num_updates", 0))
     try:

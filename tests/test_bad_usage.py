@@ -1,0 +1,167 @@
+"""Every wrong use ends the command before training, with one line: the flag, its value, what would work."""
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from commands import PLUGIN, run
+from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
+from corpus import preprocess
+
+
+def assert_refused(result, save_dir, *parts):
+    assert result.returncode != 0
+    assert result.last_line.startswith("kd_ext: error: "), result.output[-2000:]
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert str(part) in result.last_line, result.last_line
+    assert "begin training epoch" not in result.output
+    assert not list(save_dir.glob("*.pt"))
+
+
+FLAGS = {
+    "no teacher": ("--kd-strategy word_level", ["--teacher-checkpoint-path is missing", "word_level", "--alpha 0"]),
+    "no such file": ("--teacher-checkpoint-path no/x.pt", ["--teacher-checkpoint-path no/x.pt", "no such file"]),
+}
+
+GLOBAL = "--kd-strategy global_level --kd-rate 0.5"
+WITH_TEACHER = {
+    "unknown strategy": ("--kd-strategy sentence_level", ["--kd-strategy sentence_level", *STRATEGIES]),
+    "alpha over 1": ("--alpha 1.5", ["--alpha 1.5", "from 0 to 1"]),
+    "alpha under 0": ("--alpha=-0.5", ["--alpha -0.5", "from 0 to 1"]),
+    "rate missing": ("--kd-strategy batch_level", ["--kd-rate is missing", "batch_level", "(0, 1]"]),
+    "rate 0": ("--kd-strategy batch_level --kd-rate 0", ["--kd-rate 0.0", "(0, 1]"]),
+    "rate over 1": ("--kd-strategy batch_level --kd-rate 50", ["--kd-rate 50.0", "(0, 1]"]),
+    "queue missing": (GLOBAL, ["--kd-queue-size is missing", "global_level"]),
+    "queue 0": (f"{GLOBAL} --kd-queue-size 0", ["--kd-queue-size 0", "over 0"]),
+    "temperature 0": ("--kd-temperature 0", ["--kd-temperature 0.0", "over 0"]),
+    "no such tag": (
+        "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 9 --kd-language-tag <2",
+        ["--kd-language-tag <2", "__src__hi"],
+    ),
+    "overrides": ("--teacher-model-overrides dropout=0", ["--teacher-model-overrides dropout=0", "dictionary"]),
+    "no user module": ("--teacher-user-dir no/where", ["--teacher-user-dir no/where", "no such folder"]),
+    "longer than the teacher's": ("--max-source-positions 2000", ["--max-source-positions 2000", "1024"]),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_without_a_teacher(train, tmp_path, case):
+    flags, parts = FLAGS[case]
+    assert_refused(train(tmp_path, *KD, *flags.split()), tmp_path, *parts)
+
+
+@pytest.mark.parametrize("case", WITH_TEACHER)
+def test_with_a_teacher(train, teacher, tmp_path, case):
+    """Defects 7 and 12 among them."""
+    flags, parts = WITH_TEACHER[case]
+    assert_refused(train(tmp_path, *KD, "--teacher-checkpoint-path", teacher, *flags.split()), tmp_path, *parts)
+
+
+def test_the_criterion_with_another_task(train, tmp_path):
+    result = train(tmp_path, "--criterion", "label_smoothed_cross_entropy_with_kd", "--alpha", "0")
+    assert_refused(result, tmp_path, "--criterion label_smoothed_cross_entropy_with_kd", "translation_with_kd")
+
+
+def test_a_teacher_with_another_criterion(train, teacher, tmp_path):
+    flags = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy"]
+    result = train(tmp_path, *flags, "--teacher-checkpoint-path", teacher)
+    assert_refused(result, tmp_path, teacher, "label_smoothed_cross_entropy_with_kd")
+
+
+def truncated(path, teacher):
+    path.write_bytes(teacher.read_bytes()[:5000])
+
+
+def text(path, teacher):
+    path.write_text("this is not a checkpoint\n")
+
+
+def empty(path, teacher):
+    path.touch()
+
+
+def weights_alone(path, teacher):
+    torch.save(load(teacher)["model"], path)
+
+
+def a_list(path, teacher):
+    torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("make", [truncated, text, empty, weights_alone, a_list])
+def test_not_a_checkpoint(train, teacher, tmp_path, make):
+    path = tmp_path / "teacher.file"
+    make(path, teacher)
+    result = train(tmp_path, *KD, "--teacher-checkpoint-path", path)
+    assert_refused(result, tmp_path, f"--teacher-checkpoint-path {path}", "not a checkpoint")
+
+
+def reordered(words):
+    words[10], words[11] = words[11], words[10]
+
+
+def shortened(words):
+    words.pop()
+
+
+@pytest.mark.parametrize(("change", "parts"), [(reordered, ["entry 14", "w"]), (shortened, ["nothing", "sizes"])])
+def test_other_dictionaries(train, teacher, data, tmp_path, change, parts):
+    """Defect 11. The first difference is named; 4 special symbols come before the file's first word."""
+    path = tmp_path / "other" / "teacher.pt"
+    path.parent.mkdir()
+    shutil.copy(teacher, path)
+    for language in ("src", "tgt"):
+        words = (data / f"dict.{language}.txt").read_text().splitlines()
+        change(words)
+        (path.parent / f"dict.{language}.txt").write_text("\n".join(words) + "\n")
+    result = train(tmp_path / "student", *KD, "--teacher-checkpoint-path", path)
+    assert_refused(result, tmp_path / "student", "source dictionary differs", "--srcdict", *parts)
+
+
+def test_dictionaries_not_found(train, teacher, data, tmp_path):
+    state = load(teacher)
+    state["cfg"]["task"]["data"] = "/nowhere/bin"
+    path = tmp_path / "moved.file"
+    torch.save(state, path)
+    flags = [*KD, "--teacher-checkpoint-path", path]
+    assert_refused(train(tmp_path, *flags), tmp_path, path, "dict.src.txt", "/nowhere/bin", "--teacher-model-overrides")
+    named = train(tmp_path / "ok", *flags, "--teacher-model-overrides", f"{{'data': '{data}'}}", "--max-update", "1")
+    assert named.returncode == 0, named.output
+
+
+def test_no_language_tag_in_the_dictionary(tmp_path, teacher):
+    """Defect 12: an error before training, not a KeyError in it."""
+    data = preprocess(tmp_path / "corpus", tagged=False, train=60)
+    flags = [*TRAINING, "--arch", "transformer", *SIZES, *KD, *strategy_flags("global_language_wise")]
+    flags += ["--save-dir", tmp_path, "--teacher-checkpoint-path", teacher]
+    result = run(tmp_path / "log", "fairseq-train", data, *flags)
+    assert_refused(result, tmp_path, "--kd-language-tag __src__", "source dictionary")
+
+
+class RunsACommand:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_carries_code(train, teacher, data, tmp_path, zipped):
+    """Refused as a teacher and to translate with, and the command does not run."""
+    witness, path = tmp_path / "witness", tmp_path / "evil.file"
+    state = {**load(teacher), "extra_state": RunsACommand(witness)}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    result = train(tmp_path, *KD, "--teacher-checkpoint-path", path)
+    assert_refused(result, tmp_path, path, "refused", "system")
+    result = run(tmp_path / "log", "fairseq-generate", data, *PLUGIN, "--path", path, "--cpu")
+    assert result.returncode != 0
+    assert "system" in result.output
+    assert not witness.exists()
+    with pytest.raises(pickle.UnpicklingError):
+        load(path)
+    torch.load(path, weights_only=False)  # it would have run
+    assert witness.exists()

@@ -1,0 +1,150 @@
+"""Any teacher: what is loaded, what it computes, and what its loading leaves alone."""
+
+import copy
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from commands import PLUGIN, run
+from conftest import KD, SIZES, TRAINING, load
+from fairseq import checkpoint_utils
+from test_resume import is_trained
+
+from kd_ext.tasks.load_teacher import load_teacher
+from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
+
+
+@pytest.fixture
+def student_task(data):
+    return TranslationWithKDTask.setup_task(TranslationWithKDConfig(data=str(data)))
+
+
+def net_input(task):
+    """Two sentences, padded on either side."""
+    return {
+        "src_tokens": torch.tensor([[1, 1, 7, 8, 2], [9, 10, 11, 12, 2]]),
+        "src_lengths": torch.tensor([3, 5]),
+        "prev_output_tokens": torch.tensor([[2, 9, 9, 1], [2, 5, 6, 7]]),
+    }
+
+
+def probs(task, path, **settings):
+    loaded = load_teacher(str(path), settings.get("overrides", "{}"), None, task)
+    return loaded.probs(net_input(task), torch.ones(2, 4, dtype=torch.bool))
+
+
+def upstream_probs(task, path):
+    (model,), _ = checkpoint_utils.load_model_ensemble([str(path)], task=copy.copy(task))
+    model.eval()
+    with torch.no_grad():
+        return model.get_normalized_probs(model(**net_input(task)), log_probs=False).flatten(0, 1)
+
+
+def test_computes_what_upstreams_model_computes(student_task, teacher):
+    torch.testing.assert_close(probs(student_task, teacher), upstream_probs(student_task, teacher))
+
+
+def test_without_the_dead_encoder_parameters(student_task, teacher, tmp_path):
+    """As upstream's git main writes checkpoints."""
+    state = load(teacher)
+    kept = {name: value for name, value in state["model"].items() if is_trained(name)}
+    assert len(kept) == len(state["model"]) - 8 - 2
+    kept.update({name: value for name, value in state["model"].items() if name.endswith("_float_tensor")})
+    torch.save({**state, "model": kept}, tmp_path / "main.pt")
+    torch.testing.assert_close(probs(student_task, tmp_path / "main.pt"), probs(student_task, teacher))
+
+
+def test_ensemble(student_task, teacher, student):
+    both = probs(student_task, f"{teacher}:{student}")
+    mean = (upstream_probs(student_task, teacher) + upstream_probs(student_task, student)) / 2
+    torch.testing.assert_close(both, mean)
+
+
+def test_a_student_can_teach(student_task, student):
+    """Its own teacher is not asked for."""
+    torch.testing.assert_close(probs(student_task, student), upstream_probs(student_task, student))
+
+
+def test_overrides_reach_the_model(student_task, teacher, caplog):
+    with caplog.at_level("INFO"):
+        probs(student_task, teacher, overrides="{'activation_fn': 'gelu'}")
+    relu, gelu = probs(student_task, teacher), probs(student_task, teacher, overrides="{'activation_fn': 'gelu'}")
+    assert not torch.allclose(relu, gelu)
+    message = next(r.getMessage() for r in caplog.records if "loaded teacher" in r.getMessage())
+    assert re.search(rf"loaded teacher {teacher}: architecture transformer, [\d,]+ parameters, saved as", message)
+
+
+def test_leaves_random_state_and_student_task_alone(student_task, teacher):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    attributes = dict(vars(student_task))
+    symbols = list(student_task.source_dictionary.symbols)
+    probs(student_task, teacher)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
+    assert before[2] == random.getstate()
+    assert vars(student_task) == attributes
+    assert student_task.source_dictionary.symbols == symbols
+    assert student_task.state_dict() == {}
+
+
+def test_the_student_starts_from_the_same_weights(train, distil, tmp_path):
+    flags = ["--max-update", "1", "--optimizer", "sgd", "--lr", "0", "--seed", "17"]
+    assert train(tmp_path / "alone", "--criterion", "label_smoothed_cross_entropy", *flags).returncode == 0
+    assert distil(tmp_path / "taught", *flags, strategy="global_level").returncode == 0
+    alone, taught = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("alone", "taught"))
+    for name in filter(is_trained, alone):
+        assert torch.equal(alone[name], taught[name])
+
+
+def test_another_architecture_and_size(data, distil, teacher, tmp_path):
+    """An LSTM and a larger transformer teach a transformer, as an ensemble."""
+    lstm = ["--arch", "lstm", "--encoder-embed-dim", "12", "--encoder-hidden-size", "14", "--decoder-embed-dim", "12"]
+    lstm += ["--decoder-hidden-size", "14", "--decoder-out-embed-dim", "10"]
+    large = ["--arch", "transformer", *SIZES, "--encoder-layers", "3", "--encoder-ffn-embed-dim", "50"]
+    for name, flags in (("lstm", lstm), ("large", large)):
+        flags = [*TRAINING, *flags, "--criterion", "label_smoothed_cross_entropy", "--max-update", "2"]
+        result = run(tmp_path / f"{name}.log", "fairseq-train", data, *flags, "--save-dir", tmp_path / name)
+        assert result.returncode == 0, result.output
+    paths = f"{tmp_path}/lstm/checkpoint_last.pt:{tmp_path}/large/checkpoint_last.pt:{teacher}"
+    result = distil(tmp_path / "student", "--teacher-checkpoint-path", paths, "--max-update", "3")
+    assert result.returncode == 0, result.output
+    for name in ("architecture lstm", "architecture transformer"):
+        assert name in result.output
+
+
+USER_MODULE = """
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import TransformerModel, base_architecture
+
+
+@register_model("somebodys_model")
+class SomebodysModel(TransformerModel):
+    pass
+
+
+register_model_architecture("somebodys_model", "somebodys_model")(base_architecture)
+"""
+
+
+def test_a_teacher_from_another_user_module(data, train, tmp_path):
+    module = tmp_path / "somebodys_module"
+    module.mkdir()
+    (module / "__init__.py").write_text(USER_MODULE)
+    flags = [*TRAINING[len(PLUGIN) :], "--arch", "somebodys_model", *SIZES, "--max-update", "2"]
+    flags += ["--user-dir", module, "--criterion", "label_smoothed_cross_entropy", "--save-dir", tmp_path / "teacher"]
+    result = run(tmp_path / "teacher.log", "fairseq-train", data, *flags)
+    assert result.returncode == 0, result.output
+    flags = [*KD, "--teacher-checkpoint-path", tmp_path / "teacher/checkpoint_last.pt", "--max-update", "2"]
+    result = train(tmp_path / "student", *flags, "--teacher-user-dir", module)
+    assert result.returncode == 0, result.output
+    assert "architecture somebodys_model" in result.output
+    result = train(tmp_path / "wrong", *flags)
+    assert result.returncode != 0
+    assert "kd_ext: error: --teacher-checkpoint-path" in result.last_line
+    assert "somebodys_model" in result.last_line
+    assert "--teacher-user-dir" in result.last_line
