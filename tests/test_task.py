@@ -1,0 +1,80 @@
+"""The task's own state: when queues are committed, saved and restored."""
+
+import numpy as np
+import pytest
+import torch
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from stubs import Run, random_batch
+
+BATCH = random_batch(np.random.default_rng(0), ["hi", "ta"])
+
+
+class Optimizer:
+    def step(self):
+        pass
+
+
+class Scaler:
+    """Skips an update and halves its scale, as torch's does on overflow."""
+
+    def __init__(self, overflows):
+        self.scale, self.overflows = 8.0, overflows
+
+    def get_scale(self):
+        return self.scale
+
+
+class AMP(AMPOptimizer):
+    def __init__(self, overflows):
+        self._grad_scaler = Scaler(overflows)
+
+    def step(self):
+        if self.scaler.overflows:
+            self.scaler.scale /= 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "is_kept"), [(Optimizer(), True), (AMP(overflows=False), True), (AMP(overflows=True), False)]
+)
+def test_an_update_that_is_made_keeps_its_pushes(optimizer, is_kept):
+    run = Run("global_level", kd_rate=0.5, kd_queue_size=100)
+    run.forward(BATCH)
+    run.task.optimizer_step(optimizer, run.student, 0)
+    run.criterion.train()  # as the trainer begins the next update
+    kept = run.task.state_dict()["kd"]["queues"]["all"].numel()
+    assert kept == (sum(len(targets) for _, targets, _, _ in BATCH) if is_kept else 0)
+
+
+def test_state_goes_to_the_checkpoint_and_back():
+    flags = {"kd_rate": 0.5, "kd_queue_size": 7}
+    run, resumed = Run("global_language_wise", **flags), Run("global_language_wise", **flags)
+    run.forward(BATCH)
+    run.task.selector.commit()
+    state = run.task.state_dict()
+    assert all(type(v) is torch.Tensor and v.device.type == "cpu" for v in state["kd"]["queues"].values())
+    resumed.task.load_state_dict(state)
+    again = resumed.task.state_dict()["kd"]
+    assert again["strategy"] == "global_language_wise"
+    for name, values in state["kd"]["queues"].items():
+        assert torch.equal(values, again["queues"][name])
+
+
+def test_a_smaller_queue_on_resume_keeps_the_newest(caplog):
+    run = Run("global_level", kd_rate=0.5, kd_queue_size=9)
+    run.task.load_state_dict({"kd": {"strategy": "global_level", "queues": {"all": torch.arange(20.0)}}})
+    assert run.task.state_dict()["kd"]["queues"]["all"].tolist() == list(range(11, 20))
+
+
+@pytest.mark.parametrize("strategy", ["word_seq_level", "word_level", "batch_level"])
+def test_strategies_without_a_queue_save_nothing(strategy):
+    run = Run(strategy, kd_rate=0.5)
+    assert run.task.state_dict() == {}
+    run.task.load_state_dict({"kd": {"strategy": "global_level", "queues": {}}})
+    assert run.task.state_dict() == {}
+
+
+def test_a_sentence_without_a_tag_is_said_once(caplog):
+    run = Run("global_language_wise", kd_rate=0.5, kd_queue_size=50)
+    for _ in range(3):
+        run.forward(random_batch(np.random.default_rng(1), ["hi", None]))
+    assert sum("without a language tag" in record.getMessage() for record in caplog.records) == 1

@@ -1,0 +1,103 @@
+"""The touches of upstream: at interpreter start, and with the plugin."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import ROOT
+
+NEEDS_START_UP = pytest.mark.skipif(sys.version_info < (3, 11), reason="fairseq imports unaided")
+
+
+def python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+        cwd="/",
+    )
+    return done.returncode, done.stdout
+
+
+@NEEDS_START_UP
+def test_fairseq_imports_and_only_with_the_start_up_hook():
+    assert python("import fairseq, fairseq_cli.train; print('imported')")[1].endswith("imported\n")
+    code, output = python("import fairseq", KD_EXT_STARTUP="0")
+    assert code != 0
+    assert "mutable default" in output
+
+
+def test_start_up_imports_nothing():
+    """What a bare interpreter has is what one with the hook has, but for the hook itself."""
+    code = "import sys; print(sorted(sys.modules))"
+    with_hook, without = python(code)[1], python(code, KD_EXT_STARTUP="0")[1]
+    assert "kd_ext_startup" in with_hook
+    assert with_hook == without
+    assert "dataclasses" not in with_hook
+
+
+def test_a_failure_of_the_hook_breaks_no_other_program():
+    code = "import kd_ext_startup as s; s._apply = lambda: 1 / 0; import json, {}; print('went on')"
+    assert python(code.format("string"))[1] == "went on\n"
+    output = python(code.format("hydra"))[1]
+    assert "the start-up remedies for fairseq failed: ZeroDivisionError" in output
+
+
+@NEEDS_START_UP
+def test_other_packages_are_held_to_the_rules():
+    """Only defaults whose class is of fairseq or hydra are let through."""
+    code = (
+        "import fairseq, dataclasses\n"
+        "@dataclasses.dataclass\nclass A: pass\n"
+        "@dataclasses.dataclass\nclass B:\n    a: A = A()\n"
+    )
+    status, output = python(code)
+    assert status != 0
+    assert "mutable default" in output
+
+
+def test_user_dir_under_every_spelling():
+    code = (
+        "import os, fairseq\nfrom argparse import Namespace\nfrom fairseq.utils import import_user_module\n"
+        "import kd_ext\nfolder = os.path.dirname(kd_ext.__file__)\n"
+        f"for path in (folder, os.path.join({str(ROOT)!r}, 'tests', '..', 'kd_ext')):\n"
+        "    import_user_module(Namespace(user_dir=path))\n"
+        "print('imported twice')"
+    )
+    assert python(code)[1].endswith("imported twice\n")
+
+
+def test_hooks_are_safe_to_apply_twice():
+    from fairseq.trainer import Trainer
+
+    from kd_ext import upstream
+
+    before = Trainer.load_checkpoint, sys.excepthook
+    upstream.apply()
+    assert (Trainer.load_checkpoint, sys.excepthook) == before
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "get_safe_globals"), reason="torch < 2.6 loads anything")
+def test_globals_beyond_the_list_stay_refused():
+    import kd_ext  # noqa: F401
+
+    names = {g if isinstance(g, str) else getattr(g, "__module__", "") for g in torch.serialization.get_safe_globals()}
+    assert not names & {"os", "posix", "subprocess", "builtins.eval"}
+
+
+def test_without_fairseq_the_error_says_what_to_install(tmp_path):
+    code = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'fairseq': raise ModuleNotFoundError(\"No module named 'fairseq'\", name='fairseq')\n"
+        "sys.meta_path.insert(0, Missing)\n"
+        "import kd_ext"
+    )
+    status, output = python(code, PYTHONPATH=str(ROOT))
+    assert status != 0
+    assert "pip install fairseq==0.12.2" in output.splitlines()[-1]
