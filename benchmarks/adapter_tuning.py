@@ -1,0 +1,96 @@
+"""Adapter tuning against full fine-tuning: time of a step, and peak memory beyond the loaded model.
+
+    python benchmarks/adapter_tuning.py
+
+One model (512 wide, 6 + 6 layers, vocabulary 8,000) and one batch; each way of tuning in a process of its own.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "adapter_tuning.json"
+WIDTH, LAYERS, VOCABULARY, SENTENCES, LENGTH, STEPS = 512, 6, 8000, 32, 24, 6
+FLAGS = {
+    "full fine-tuning": [],
+    "adapters, both sides": ["encoder", "decoder"],
+    "adapters, decoder": ["decoder"],
+}
+
+
+def main() -> None:
+    rows = {}
+    for name in FLAGS:
+        done = subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.PIPE, text=True)
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
+    full = rows["full fine-tuning"]
+    print(f"{'':24} {'trained':>12} {'step':>9} {'ratio':>6} {'memory':>9} {'ratio':>6}")
+    for name, row in rows.items():
+        row["time_ratio"], row["memory_ratio"] = row["seconds"] / full["seconds"], row["bytes"] / full["bytes"]
+        print(
+            f"{name:24} {row['trained']:12,} {row['seconds']:7.3f} s {row['time_ratio']:6.2f}"
+            f" {row['bytes'] / 2**20:6.0f} MB {row['memory_ratio']:6.2f}"
+        )
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def measure(sides) -> dict:
+    """Seconds and bytes of a training step with Adam: the median step, the peak beyond the loaded model."""
+    from argparse import Namespace
+
+    import kd_ext  # noqa: F401
+    import torch
+    from fairseq.data import Dictionary
+    from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+
+    args = Namespace(share_all_embeddings=True, dropout=0.1)
+    for side in ("encoder", "decoder"):
+        setattr(args, f"{side}_embed_dim", WIDTH)
+        setattr(args, f"{side}_layers", LAYERS)
+        setattr(args, f"{side}_normalize_before", True)
+    for side in sides:
+        setattr(args, f"{side}_add_adapters", True)
+        setattr(args, f"{side}_adapter_ids", "hi,ta")
+        setattr(args, f"{side}_adapter_reduction_factor", 8)
+        setattr(args, f"{side}_train_adapter", "hi")
+    ARCH_CONFIG_REGISTRY["transformer_adapter"](args)
+    words = Dictionary()
+    for i in range(VOCABULARY - len(words)):
+        words.add_symbol(f"w{i}")
+    torch.manual_seed(1)
+    model = ARCH_MODEL_REGISTRY["transformer_adapter"].build_model(
+        args, Namespace(source_dictionary=words, target_dictionary=words)
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-4)
+    source, target = (torch.randint(4, VOCABULARY, (SENTENCES, LENGTH)) for _ in range(2))
+    lengths = torch.full((SENTENCES,), LENGTH)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(STEPS + 1):
+        start = time.perf_counter()
+        logits, _ = model(source, lengths, target)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "trained": sum(p.numel() for p in trained),
+        "seconds": statistics.median(seconds[1:]),  # the first warms up
+        "bytes": peak * 1024,
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(FLAGS[sys.argv[1]])))
+    else:
+        main()
