@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Callable, Deque, List, Optional
+from typing import Callable, Deque, Dict, List, Optional
 
 from steps import DemoError
 from tqdm import tqdm
@@ -41,7 +41,12 @@ class Commands:
         return self.out / "logs" / f"{name}.log"
 
     def run(
-        self, name: str, command: List[str], total: int = 0, position: Optional[Callable[[str], int]] = None
+        self,
+        name: str,
+        command: List[str],
+        total: int = 0,
+        position: Optional[Callable[[str], int]] = None,
+        environment: Optional[Dict[str, str]] = None,
     ) -> None:
         """Run `command`, the name of a console script and its arguments.
 
@@ -50,6 +55,7 @@ class Commands:
             command: without the path of this environment
             total: of the progress bar
             position: of the progress bar, read off a line of output; negative where the line does not tell
+            environment: variables to set beside those of this process
 
         Raises:
             DemoError: the command failed; the message has the last lines of its output
@@ -68,7 +74,7 @@ class Commands:
                 stderr=subprocess.STDOUT,
                 text=True,
                 encoding="utf-8",
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(environment or {})},
                 preexec_fn=_die_with_parent,
                 pass_fds=[self._lock],  # if it outlives this process all the same, it keeps the next one out
             )

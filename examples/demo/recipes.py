@@ -21,6 +21,10 @@ _STUDENT_SIZE = (
     *("--encoder-embed-dim", "96", "--encoder-ffn-embed-dim", "384", "--encoder-layers", "2"),
     *("--decoder-embed-dim", "96", "--decoder-ffn-embed-dim", "384", "--decoder-layers", "1"),
 )
+# The translation's speed is in the table. On two threads, a core busy with something else for a moment
+# slows it tenfold or more: the threads wait for each other in every small product.
+TRANSLATION_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+
 # tokens that a language's queue remembers: few enough that their losses are of much the same model
 _QUEUE_SIZE = "10000"
 

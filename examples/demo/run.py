@@ -114,7 +114,7 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
         done.append(
             Step(
                 f"{model.name}-translated",
-                {"command": recipes.generate(model)},
+                {"command": recipes.generate(model), "environment": recipes.TRANSLATION_ENVIRONMENT},
                 partial(translate, commands, model),
                 after=(recipes.DATA, model.name),
             )
@@ -164,7 +164,7 @@ def translate(commands: Commands, model: recipes.Model, folder: Path) -> None:
     log = commands.log(name)
     log.unlink(missing_ok=True)  # the translations are read from it
     pairs = list(read_pairs(commands.out / "pieces" / "test.tsv"))
-    commands.run(name, recipes.generate(model), len(pairs), Translated())
+    commands.run(name, recipes.generate(model), len(pairs), Translated(), recipes.TRANSLATION_ENVIRONMENT)
     output = log.read_text(encoding="utf-8")
     result: Dict[str, Any] = {
         "parameters": scores.parameters(

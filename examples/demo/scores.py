@@ -87,7 +87,7 @@ def render(results: Dict[str, Dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines += [
         "",
-        f"To English, {first['scores']['all']['sentences']} test sentences, beam 5, on the CPU.",
+        f"To English, {first['scores']['all']['sentences']} test sentences, beam 5, on one CPU core.",
         "The last columns are BLEU / chrF by source language, with how many sentences: of few, scores vary.",
         "Parameters without those that fairseq 0.12.2's encoder layers hold but never use.",
         "",
