@@ -81,9 +81,9 @@ def train(model: Model, updates: int, folder: str) -> List[str]:
         *model.arguments,
         *("--label-smoothing", "0.1", "--optimizer", "adam", "--lr", "3e-3", "--max-tokens", "2000"),
         *("--lr-scheduler", "inverse_sqrt", "--warmup-updates", "300", "--max-update", str(updates)),
-        *("--save-dir", folder, "--save-interval-updates", "50", "--keep-interval-updates", "1"),
-        # one validation, at the end: each costs as much as several updates
-        *("--no-epoch-checkpoints", "--validate-after-updates", str(updates)),
+        # a validation comes with every save, and --validate-after-updates would put off both
+        *("--save-dir", folder, "--save-interval-updates", "100", "--keep-interval-updates", "1"),
+        *("--no-epoch-checkpoints", "--max-tokens-valid", "8000"),
         *("--log-format", "json", "--log-interval", "10"),
     ]
 
