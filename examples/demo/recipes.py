@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+from pieces import MAX_PIECES
+
 USER_DIR = Path(__file__).resolve().parents[2] / "kd_ext"
 
 DATA = "data"
@@ -93,7 +95,8 @@ def generate(model: Model) -> List[str]:
     return [
         *("fairseq-generate", DATA, "--user-dir", str(USER_DIR), "--cpu", "--gen-subset", "test"),
         *("--path", f"{model.name}/{CHECKPOINT}", "--beam", "5", "--max-tokens", "2000"),
-        *("--remove-bpe", "sentencepiece", "--log-format", "none"),
+        # twice the longest reference: a model that has hardly been trained goes on to fairseq's 200 otherwise
+        *("--max-len-b", str(2 * MAX_PIECES), "--remove-bpe", "sentencepiece", "--log-format", "none"),
     ]
 
 
