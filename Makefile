@@ -3,10 +3,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-short test lint clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo/run.py
+
+# the same code with few updates: it shows that all works, not what is learned
+demo-short: .venv/ready
+	$(BIN)/python examples/demo/run.py --out demo-short --teacher-updates 60 --student-updates 40
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto
@@ -25,4 +29,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv demo-run
+	rm -rf .venv demo-run demo-short

@@ -1,0 +1,196 @@
+"""Distil a translation model on real text: fetch, extract, split, train a teacher and students, score them.
+
+    python examples/demo/run.py
+
+takes about ten minutes of training on two cores, without a GPU, and ends with a table. Interrupted, it
+carries on where it was when it is run again; with other options it does again what depends on them.
+A short form of the same, with models that have hardly begun to learn, takes about two minutes:
+
+    python examples/demo/run.py --out demo-short --teacher-updates 60 --student-updates 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import recipes
+import scores
+from catalogues import LANGUAGES, extract, read_pairs
+from cleaning import MAX_CHARACTERS
+from commands import Commands
+from fetch import WHEELS, fetch
+from pieces import MAX_PIECES, TAGS, VOCABULARY, cut
+from splitting import PERCENT, split
+from steps import DemoError, Step, run_step
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """The exit status: 0, 1 after a message, 130 after Ctrl-C."""
+    options = parse(arguments)
+    try:
+        commands = Commands(options.out.resolve())
+        for step in steps(commands, options):
+            announce(commands.out, step)
+        results = {model.name: read_scores(commands.out, model) for model in recipes.MODELS}
+        print("\n" + scores.write_results(commands.out, results), end="")
+    except DemoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to carry on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Optional[List[str]]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-run"), help="folder of all results: %(default)s"
+    )
+    for name, default in (("teacher", 1300), ("student", 1000)):
+        parser.add_argument(
+            f"--{name}-updates",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"how long to train the {name}s: %(default)s",
+        )
+    return parser.parse_args(arguments)
+
+
+def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
+    """All steps, in order."""
+    out = commands.out
+    done = [
+        Step(
+            "wheels",
+            {"wheels": WHEELS.read_text(encoding="utf-8")},
+            partial(fetch, log=commands.log("wheels")),
+            resumes=True,
+        ),
+        Step(
+            "pairs",
+            {"languages": LANGUAGES, "max_characters": MAX_CHARACTERS},
+            partial(extract, out / "wheels"),
+            after=("wheels",),
+        ),
+        Step("text", {"percent": PERCENT}, partial(split, out / "pairs" / "pairs.tsv"), after=("pairs",)),
+        Step(
+            "pieces",
+            {"vocabulary": VOCABULARY, "max_pieces": MAX_PIECES, "tags": TAGS},
+            partial(cut, out / "text"),
+            after=("text",),
+        ),
+        Step(
+            recipes.DATA,
+            {"command": recipes.preprocess(recipes.DATA)},
+            lambda folder: commands.run(recipes.DATA, recipes.preprocess(folder.name)),
+            after=("pieces",),
+        ),
+    ]
+    for model in recipes.MODELS:
+        updates = getattr(options, model.updates)
+        done.append(
+            Step(
+                model.name,
+                {"command": recipes.train(model, updates, model.name)},
+                partial(train, commands, model, updates),
+                after=(recipes.DATA, *([model.teacher] if model.teacher else [])),
+                resumes=True,
+            )
+        )
+    for model in recipes.MODELS:
+        done.append(
+            Step(
+                f"{model.name}-translated",
+                {"command": recipes.generate(model), "environment": recipes.TRANSLATION_ENVIRONMENT},
+                partial(translate, commands, model),
+                after=(recipes.DATA, model.name),
+            )
+        )
+    return done
+
+
+def announce(out: Path, step: Step) -> None:
+    """Do a step, and say so in a line."""
+    label = f"{step.name:22}"
+    print(label, end="", flush=True)
+    start = time.monotonic()
+    outcome = "not done"
+    try:
+        worked = run_step(out, step)
+        minutes, seconds = divmod(round(time.monotonic() - start), 60)
+        outcome = f"{minutes} min {seconds:02} s" if worked else "done before"
+    finally:
+        # on a terminal, a progress bar has been on this line
+        print(f"\r{label}{outcome}" if sys.stdout.isatty() else outcome, flush=True)
+
+
+def train(commands: Commands, model: recipes.Model, updates: int, folder: Path) -> None:
+    """Train `model`, from the newest checkpoint in `folder` if there is one."""
+    mend_checkpoint(folder)
+    commands.run(model.name, recipes.train(model, updates, folder.name), updates, recipes.update_of)
+
+
+def mend_checkpoint(folder: Path) -> None:
+    """Put the newest numbered checkpoint in the place of a last one that is missing or cut short.
+
+    fairseq writes a numbered checkpoint under a temporary name, but then copies it onto the last one in
+    place, and a kill may come in between.
+    """
+    last = folder / recipes.CHECKPOINT
+    if zipfile.is_zipfile(last):
+        return
+    last.unlink(missing_ok=True)
+    numbered = sorted(folder.glob("checkpoint_*_*.pt"), key=lambda path: path.stat().st_mtime)
+    if numbered:
+        shutil.copyfile(numbered[-1], last)
+
+
+def translate(commands: Commands, model: recipes.Model, folder: Path) -> None:
+    """Translate the test set and score it, into ``scores.json``."""
+    name = f"{model.name}-translated"
+    log = commands.log(name)
+    log.unlink(missing_ok=True)  # the translations are read from it
+    pairs = list(read_pairs(commands.out / "pieces" / "test.tsv"))
+    commands.run(name, recipes.generate(model), len(pairs), Translated(), recipes.TRANSLATION_ENVIRONMENT)
+    output = log.read_text(encoding="utf-8")
+    result: Dict[str, Any] = {
+        "parameters": scores.parameters(
+            commands.out / model.name / recipes.CHECKPOINT, commands.out / recipes.DATA, recipes.USER_DIR
+        ),
+        "sentences_per_second": scores.sentences_per_second(output),
+        **scores.score(scores.hypotheses(output), pairs),
+    }
+    (folder / "scores.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+class Translated:
+    """Counts the translations that fairseq-generate prints."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, line: str) -> int:
+        self.count += line.startswith("D-")
+        return self.count
+
+
+def read_scores(out: Path, model: recipes.Model) -> Dict[str, Any]:
+    """What :func:`translate` wrote."""
+    return json.loads((out / f"{model.name}-translated" / "scores.json").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
