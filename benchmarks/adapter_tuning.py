@@ -43,10 +43,11 @@ def measure(sides) -> dict:
     """Seconds and bytes of a training step with Adam: the median step, the peak beyond the loaded model."""
     from argparse import Namespace
 
-    import kd_ext  # noqa: F401
     import torch
     from fairseq.data import Dictionary
     from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+
+    import kd_ext  # noqa: F401
 
     args = Namespace(share_all_embeddings=True, dropout=0.1)
     for side in ("encoder", "decoder"):

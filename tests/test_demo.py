@@ -16,7 +16,7 @@ import run
 import scores
 from catalogues import Pair, extract, read_pairs, write_pairs
 from cleaning import clean, is_useful
-from commands import Commands, _lock
+from running import Commands, _lock
 from splitting import SPLITS, split
 from steps import DemoError, Step, run_step
 
@@ -108,9 +108,7 @@ def make_step(name, done, setting=1, fail=False, **options):
 
     def work(folder):
         done.append(name)
-        (folder / "half").write_text(
-            (folder / "half").read_text() + "+" if (folder / "half").exists() else ""
-        )
+        (folder / "half").write_text((folder / "half").read_text() + "+" if (folder / "half").exists() else "")
         if fail:
             raise KeyboardInterrupt
         (folder / "whole").write_text(str(setting))
@@ -176,7 +174,7 @@ def test_a_killed_run_leaves_no_command_behind(tmp_path):
     command = ["python", "-c", "import time; print('running'); time.sleep(60)"]
     program = f"""
 from pathlib import Path
-from commands import Commands
+from running import Commands
 Commands(Path({str(tmp_path)!r})).run("step", {command!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parent)}

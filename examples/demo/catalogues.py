@@ -31,9 +31,7 @@ def extract(wheels: Path, folder: Path) -> None:
     found = set()
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
-            names = sorted(
-                name for name in archive.namelist() if _PO.fullmatch(name) or _JSON.fullmatch(name)
-            )
+            names = sorted(name for name in archive.namelist() if _PO.fullmatch(name) or _JSON.fullmatch(name))
             for name in tqdm(names, desc=wheel.name.split("-")[0], unit="file", leave=False, disable=None):
                 for language, foreign, english in read_catalogue(archive, name):
                     pair = Pair(language, clean(foreign), clean(english))

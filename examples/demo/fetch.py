@@ -34,7 +34,5 @@ def fetch(folder: Path, log: Path) -> None:
         said = file.read()
     if "connection broken" in said:
         raise DemoError(f"fetch: the package registry cannot be reached; is there a network? (log: {log})")
-    errors = (
-        [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()[-1:] or ["?"]
-    )
+    errors = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()[-1:] or ["?"]
     raise DemoError(f"fetch: pip could not download {WHEELS.name}: {errors[0]} (log: {log})")

@@ -25,9 +25,9 @@ import recipes
 import scores
 from catalogues import LANGUAGES, extract, read_pairs
 from cleaning import MAX_CHARACTERS
-from commands import Commands
 from fetch import WHEELS, fetch
 from pieces import MAX_PIECES, TAGS, VOCABULARY, cut
+from running import Commands
 from splitting import PERCENT, split
 from steps import DemoError, Step, run_step
 
@@ -52,12 +52,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 def parse(arguments: Optional[List[str]]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-run"), help="folder of all results: %(default)s"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of all results: %(default)s")
     for name, default in (("teacher", 1300), ("student", 1000)):
         parser.add_argument(
             f"--{name}-updates",

@@ -58,9 +58,7 @@ def parameters(checkpoint: Path, data: Path, user_dir: Path) -> int:
     from fairseq import checkpoint_utils, utils
 
     utils.import_user_module(Namespace(user_dir=str(user_dir)))
-    models, _, _ = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": str(data)}
-    )
+    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides={"data": str(data)})
     return sum(value.numel() for name, value in models[0].named_parameters() if not _DEAD.fullmatch(name))
 
 
