@@ -128,6 +128,8 @@ def test_dictionaries_not_found(train, teacher, data, tmp_path):
     torch.save(state, path)
     flags = [*KD, "--teacher-checkpoint-path", path]
     assert_refused(train(tmp_path, *flags), tmp_path, path, "dict.src.txt", "/nowhere/bin", "--teacher-model-overrides")
+    wrong = train(tmp_path, *flags, "--teacher-model-overrides", "{'data': '/elsewhere'}")
+    assert_refused(wrong, tmp_path, path, "dict.src.txt", "/elsewhere")
     named = train(tmp_path / "ok", *flags, "--teacher-model-overrides", f"{{'data': '{data}'}}", "--max-update", "1")
     assert named.returncode == 0, named.output
 

@@ -151,16 +151,16 @@ def _point_at_dictionaries(path: str, settings: Dict[str, Any], task_cfg: Any, s
 
 def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, student_task: Any) -> str:
     """Where the teacher's dictionaries are: as the user says, beside the checkpoint, or where it was trained."""
-    if "data" in settings:
-        return settings["data"]
     beside, recorded = os.path.dirname(os.path.abspath(path)), utils.split_paths(task_cfg.data)[0]
+    folders = [settings["data"]] if "data" in settings else [beside, recorded]
     languages = [task_cfg.get(side) or getattr(student_task.cfg, side) for side in ("source_lang", "target_lang")]
-    for folder in (beside, recorded):
-        if all(os.path.isfile(os.path.join(folder, f"dict.{language}.txt")) for language in languages):
+    names = [f"dict.{language}.txt" for language in languages]
+    for folder in folders:
+        if all(os.path.isfile(os.path.join(folder, name)) for name in names):
             return folder
     raise ConfigError(
-        f"{FLAG} {path}: no dict.{languages[0]}.txt and dict.{languages[1]}.txt beside it or in {recorded}, where "
-        "it was trained; name their folder by --teacher-model-overrides \"{'data': 'folder'}\""
+        f"{FLAG} {path}: no {names[0]} and {names[1]} in {' or '.join(folders)}; "
+        "name their folder by --teacher-model-overrides \"{'data': 'folder'}\""
     )
 
 
