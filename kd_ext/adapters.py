@@ -121,8 +121,8 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
         file = _read_adapter(file_name)
         if file["base"] != base:
             raise ConfigError(
-                f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} of base {base}; name the "
-                "checkpoint that it was trained on"
+                f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {base}; "
+                "name the checkpoint that it was trained on"
             )
         _take_settings(file_name, file, model, settings)
         for name, tensor in file["tensors"].items():
