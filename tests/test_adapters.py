@@ -103,6 +103,12 @@ def test_exactly_the_trained_adapters_get_gradients(trained, checkpointing):
         assert getattr(model, side).layers[0].adapters.active == trained.get(side)
 
 
+def test_nothing_is_kept_for_a_side_without_a_trained_adapter():
+    src, _ = batch()
+    encoded = build(**{**adapters(), "decoder_train_adapter": "hi"}).encoder(src, src.ne(1).sum(1))
+    assert not any(tensor.requires_grad for tensor in encoded["encoder_out"])
+
+
 def test_adapters_on_one_side_alone():
     flags = {k: v for k, v in adapters(train="hi").items() if k.startswith("decoder")}
     model = build(**flags)

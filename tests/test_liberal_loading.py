@@ -33,6 +33,15 @@ def test_what_fits_is_loaded_and_the_rest_is_named(caplog):
     assert "in_proj" not in log  # upstream's dead parameters are missed by nobody
 
 
+def test_pruned_layers_are_matched_by_their_new_names(caplog):
+    caplog.set_level("INFO")
+    args = settings(layers=3, load_checkpoint_liberally=True, **both(layers_to_keep="0,2"))
+    base, model = build("transformer", layers=3), build_from(args)
+    model.load_state_dict(base.state_dict(), model_cfg=args)
+    assert torch.equal(model.encoder.layers[1].fc1.weight, base.encoder.layers[2].fc1.weight)
+    assert "liberally: missing: none" in caplog.text
+
+
 def test_nothing_that_fits_is_an_error():
     other = build("transformer", **both(embed_dim=32, ffn_embed_dim=64)).state_dict()
     with pytest.raises(ConfigError, match="no parameter of the checkpoint fits"):

@@ -1,10 +1,17 @@
 """--run-sanity-validation-steps: one pass before the first update, that leaves no other trace."""
 
+import random
 import re
+from types import SimpleNamespace
 
+import fairseq_cli.train
+import numpy as np
 import pytest
 import torch
 from conftest import KD, strategy_flags
+from fairseq.logging import progress_bar
+
+from kd_ext.upstream import sanity_validation
 
 SANITY = "--run-sanity-validation-steps"
 # dropout, and a dataset that is shuffled: whatever draws random numbers out of turn shows
@@ -50,6 +57,33 @@ def test_one_full_pass_before_the_first_update(runs, run):
 
 def test_the_weights_are_those_of_a_run_without_it(runs):
     assert same_weights(runs[True][0], runs[False][0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_put_back(monkeypatch, fails):
+    """fairseq seeds torch before each update, so that runs can agree by luck; a loader's workers are not so lucky."""
+    dataset = SimpleNamespace(valid_subset="valid,test", max_valid_steps=3)
+    trainer = SimpleNamespace(cfg=SimpleNamespace(dataset=dataset), task=None, _dummy_batch="train")
+    seen = []
+
+    def validate(cfg, trainer, task, epoch_itr, subsets):
+        seen.append((subsets, cfg.dataset.max_valid_steps))
+        trainer._dummy_batch = "valid"
+        random.random(), np.random.rand(), torch.rand(1)
+        if fails:
+            raise RuntimeError("no such metric")
+
+    monkeypatch.setattr(fairseq_cli.train, "validate", validate)
+    bar = progress_bar.progress_bar
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    try:
+        sanity_validation._validate(trainer, None)
+    except RuntimeError:
+        assert fails
+    assert seen == [(["valid", "test"], None)]
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
+    assert (trainer._dummy_batch, dataset.max_valid_steps) == ("train", 3)
+    assert progress_bar.progress_bar is bar
 
 
 def test_scores_patience_and_files_are_those_of_a_run_without_it(runs):

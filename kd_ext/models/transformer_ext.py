@@ -4,6 +4,7 @@ import logging
 from argparse import Namespace
 from typing import Any
 
+from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel, base_architecture
@@ -94,6 +95,7 @@ class TransformerExtModel(TransformerModel):
             return super().load_state_dict(state_dict, strict, model_cfg, args)
         state_dict = {name: tensor for name, tensor in state_dict.items() if not is_dead(name)}
         self.upgrade_state_dict(state_dict)
+        state_dict = prune_state_dict(state_dict, model_cfg)
         found = match(self.state_dict(), state_dict)
         parameters = {name for name, _ in self.named_parameters()}
         if parameters.isdisjoint(found.fitting):

@@ -92,10 +92,10 @@ def _prepare_loaded_models() -> None:
 
 
 def _prepare(path, model, overrides) -> None:
-    """Thaw a model of ours; of another class, that would ignore the options, refuse it.
+    """Thaw a model of ours; refuse one of another class, which would ignore the options.
 
-    For a weight that needs no gradient torch takes another kernel in places. A translation would differ from the
-    base's in the last bit because of what training froze, and not of an adapter.
+    For a weight that needs no gradient torch takes another kernel in places: what training froze would change the
+    last bit of scores, and with no adapter active they would not be those of the base.
     """
     from kd_ext.models.transformer_ext import TransformerExtModel
 
