@@ -1,0 +1,1 @@
+from kd_ext.models import architectures, transformer_ext  # noqa: F401

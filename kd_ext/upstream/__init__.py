@@ -6,7 +6,7 @@
 
 def apply() -> None:
     """Apply every touch that this environment needs; safe to call twice."""
-    from kd_ext.upstream import checkpoints, fast_path, one_line_errors, resume
+    from kd_ext.upstream import adapter_activation, checkpoints, fast_path, one_line_errors, resume, sanity_validation
 
-    for touch in (checkpoints, fast_path, one_line_errors, resume):
+    for touch in (adapter_activation, checkpoints, fast_path, one_line_errors, resume, sanity_validation):
         touch.apply()

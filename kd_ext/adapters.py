@@ -1,0 +1,273 @@
+"""``python -m kd_ext.adapters list|export|merge``: adapters as small files, and several of them in one checkpoint.
+
+A file of adapters holds tensors, strings and dictionaries, and is read as such: nothing in it is run. It records
+a fingerprint of the base that the adapters were trained on, and goes into no other.
+"""
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import tempfile
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+import kd_ext  # noqa: F401  registers the architectures, and lets fairseq's checkpoints be read
+from kd_ext.errors import ConfigError
+from kd_ext.models.extension_flags import SIDES, activation_key
+from kd_ext.models.layers import is_dead
+from kd_ext.modules.adapter import adapter_of
+
+FORMAT = "kd_ext adapter 1"
+# per side: what all adapters of a side have in common, saved as text
+SIDE_SETTINGS = ("adapter_reduction_factor", "adapter_use_gating")
+SHARED_SETTINGS = ("adapter_activation_fn",)
+
+# Not weights: fairseq's marker of its checkpoint format, and a buffer that it never sets
+_BUFFERS = re.compile(r"\.(version|_float_tensor)$")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Run one command.
+
+    Raises:
+        ConfigError: where a file or an argument cannot be used
+    """
+    options = _parser().parse_args(arguments)
+    if options.command == "list":
+        for line in describe(options.checkpoint):
+            print(line)
+    elif options.command == "export":
+        print(export(options.checkpoint, options.id, options.output, options.side))
+    else:
+        print(merge(options.checkpoint, options.adapters, options.output))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kd_ext.adapters", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="the adapters of a checkpoint")
+    listing.add_argument("checkpoint")
+    exporting = commands.add_parser("export", help="write one adapter to a file of its own")
+    exporting.add_argument("checkpoint")
+    exporting.add_argument("id", help="which adapter")
+    exporting.add_argument("output", help="the file to write")
+    exporting.add_argument("--side", choices=SIDES, help="leave the other side's adapter of this id out")
+    merging = commands.add_parser("merge", help="put adapters of one base together in one checkpoint")
+    merging.add_argument("checkpoint", help="the base, or a checkpoint with adapters on it")
+    merging.add_argument("adapters", nargs="+", help="files that export wrote")
+    merging.add_argument("--output", required=True, help="the checkpoint to write")
+    return parser
+
+
+def describe(path: str) -> List[str]:
+    """One line for the base, and one for each adapter of a checkpoint."""
+    state = _read_checkpoint(path)
+    model, settings = state["model"], _settings(state)
+    base = _base_weights(model)
+    lines = [f"base {fingerprint(model)}: {sum(t.numel() for t in base.values()):,} weights"]
+    for side in SIDES:
+        for name in _ids(model, side):
+            size = sum(t.numel() for t in _tensors(model, name, [side]).values())
+            trained = ", trained" if _get(settings, f"{side}_train_adapter") == name else ""
+            lines.append(f"{side} {name}: {size:,} weights{trained}")
+    return lines if len(lines) > 1 else lines + ["no adapters"]
+
+
+def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) -> str:
+    """Write the adapters of one id, of one `side` or of both, to the file `output`; returns what was done.
+
+    Raises:
+        ConfigError: if the checkpoint has no such adapter; the message lists those that it has
+    """
+    state = _read_checkpoint(path)
+    model, settings = state["model"], _settings(state)
+    sides = [s for s in SIDES if s in (side or s) and adapter_id in _ids(model, s)]
+    if not sides:
+        known = "; ".join(f"{s} {', '.join(_ids(model, s)) or 'none'}" for s in SIDES)
+        where = f" on the {side}" if side else ""
+        raise ConfigError(f"id {adapter_id}: {path} has no such adapter{where}; it has: {known}")
+    keys = [f"{s}_{key}" for s in sides for key in SIDE_SETTINGS] + list(SHARED_SETTINGS)
+    file = {
+        "format": FORMAT,
+        "id": adapter_id,
+        "base": fingerprint(model),
+        "settings": {key: str(_get(settings, key)) for key in keys},
+        "tensors": {name: tensor.clone() for name, tensor in _tensors(model, adapter_id, sides).items()},
+    }
+    _write(file, output)
+    return (
+        f"wrote {output}: adapter {adapter_id} of the {' and the '.join(sides)}, {os.path.getsize(output):,} bytes "
+        f"({os.path.getsize(output) / _model_bytes(model):.1%} of the model)"
+    )
+
+
+def merge(path: str, adapters: Sequence[str], output: str) -> str:
+    """Write the checkpoint `path` with adapters added as `output`; returns what was done.
+
+    Translating with one of them gives what it gave in the checkpoint that it was exported from.
+
+    Raises:
+        ConfigError: if a file is no adapter, is of another base, or contradicts what is there
+    """
+    state = _read_checkpoint(path)
+    model, settings = dict(state["model"]), _settings(state)
+    _use_our_architecture(path, settings)
+    base = fingerprint(model)
+    for file_name in adapters:
+        file = _read_adapter(file_name)
+        if file["base"] != base:
+            raise ConfigError(
+                f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {base}; "
+                "name the checkpoint that it was trained on"
+            )
+        _take_settings(file_name, file, model, settings)
+        for name, tensor in file["tensors"].items():
+            if name in model and not torch.equal(model[name], tensor):
+                raise ConfigError(
+                    f"{file_name}: another adapter {file['id']} is in {path} already; merge into one without it"
+                )
+            model[name] = tensor
+    for side in SIDES:
+        ids = _ids(model, side)
+        _set(settings, f"{side}_add_adapters", bool(ids))
+        _set(settings, f"{side}_adapter_ids", ",".join(ids) or None)
+        # none of them is the one to use unless --activate-*-adapter says so
+        _set(settings, f"{side}_train_adapter", None)
+        _set(settings, activation_key(side), None)
+    # the optimizer's state is of the parameters that the checkpoint trained
+    merged = {key: value for key, value in state.items() if key != "last_optimizer_state"}
+    _write({**merged, "model": model}, output)
+    listed = "; ".join(f"{side} {', '.join(_ids(model, side)) or 'none'}" for side in SIDES)
+    return f"wrote {output}: {listed}; choose by --activate-encoder-adapter and --activate-decoder-adapter"
+
+
+def fingerprint(model: Dict[str, Tensor]) -> str:
+    """Of all weights of a model but its adapters': 16 hexadecimal digits; the same for upstream's checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_base_weights(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _base_weights(model: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in model.items()
+        if adapter_of(name) is None and not _BUFFERS.search(name) and not is_dead(name)
+    }
+
+
+def _ids(model: Dict[str, Tensor], side: str) -> List[str]:
+    owners = filter(None, map(adapter_of, model))
+    return list(dict.fromkeys(adapter_id for owner_side, adapter_id in owners if owner_side == side))
+
+
+def _tensors(model: Dict[str, Tensor], adapter_id: str, sides: Sequence[str]) -> Dict[str, Tensor]:
+    owners = [(side, adapter_id) for side in sides]
+    return {name: tensor for name, tensor in model.items() if adapter_of(name) in owners}
+
+
+def _model_bytes(model: Dict[str, Tensor]) -> int:
+    """Tied weights, which are one storage in the file, once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in model.values()}.values())
+
+
+def _take_settings(file_name: str, file: Dict[str, Any], model: Dict[str, Tensor], settings: Any) -> None:
+    """Take the adapters' settings over, or see that they are those of the adapters that are there."""
+    for key, text in file["settings"].items():
+        side = next((side for side in SIDES if key.startswith(side)), None)
+        others = [other for s in ([side] if side else SIDES) for other in _ids(model, s)]
+        if others and str(_get(settings, key)) != text:
+            raise ConfigError(
+                f"{file_name}: adapter {file['id']} has {key} {text}, and {', '.join(others)} "
+                f"{_get(settings, key)}; all adapters of a checkpoint must have the same"
+            )
+        _set(settings, key, _parsed(key, text))
+
+
+def _parsed(key: str, text: str) -> Any:
+    if key.endswith("_factor"):
+        return int(text)
+    return text == "True" if key.endswith("_gating") else text
+
+
+def _use_our_architecture(path: str, settings: Any) -> None:
+    """The settings of a checkpoint of upstream's transformer say its size; the class must know adapters."""
+    from fairseq.models import ARCH_MODEL_REGISTRY
+    from fairseq.models.transformer import TransformerModel
+
+    from kd_ext.models.transformer_ext import TransformerExtModel
+
+    name = _get(settings, "arch") or _get(settings, "_name")
+    model_class = ARCH_MODEL_REGISTRY.get(name)
+    if model_class is TransformerModel:
+        _set(settings, "arch", "transformer_ext")
+        _set(settings, "_name", "transformer_ext")
+    elif model_class is not TransformerExtModel:
+        raise ConfigError(f"{path}: architecture {name} cannot have adapters; use one of upstream's transformer")
+
+
+def _read_checkpoint(path: str) -> Dict[str, Any]:
+    """A checkpoint as fairseq wrote it, trusted as far as fairseq trusts it."""
+    try:
+        state = torch.load(path, map_location="cpu")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a checkpoint that fairseq-train wrote") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ConfigError(f"{path}: not a checkpoint of fairseq ({str(error).strip().splitlines()[0]})") from error
+    if not isinstance(state, dict) or "model" not in state or not _settings(state):
+        raise ConfigError(f"{path}: not a checkpoint of fairseq: it has no settings or no model")
+    return state
+
+
+def _read_adapter(path: str) -> Dict[str, Any]:
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name one that export wrote") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ConfigError(f"{path}: refused, not a file of tensors alone; name one that export wrote") from error
+    if not isinstance(file, dict) or file.get("format") != FORMAT:
+        raise ConfigError(f"{path}: not a file of adapters; name one that export wrote")
+    return file
+
+
+def _settings(state: Dict[str, Any]) -> Any:
+    """The model's settings: a Namespace, or a dictionary if Hydra started the run."""
+    cfg = state.get("cfg")
+    return cfg["model"] if cfg else state.get("args")
+
+
+def _get(settings: Any, key: str) -> Any:
+    return settings.get(key) if isinstance(settings, dict) else getattr(settings, key, None)
+
+
+def _set(settings: Any, key: str, value: Any) -> None:
+    if isinstance(settings, dict):
+        settings[key] = value
+    else:
+        setattr(settings, key, value)
+
+
+def _write(content: Dict[str, Any], path: str) -> None:
+    """Write a file whole or not at all."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{path}: no folder {folder}; make it first")
+    handle, part = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path), suffix=".part")
+    os.close(handle)
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""``--activate-encoder-adapter`` and ``--activate-decoder-adapter`` for generation and validation."""
+
+import ast
+import functools
+
+from fairseq import checkpoint_utils, options
+from fairseq.dataclass.configs import CommonEvalConfig
+from fairseq.models import FairseqEncoderDecoderModel
+
+from kd_ext.errors import ConfigError
+
+
+def apply() -> None:
+    """Add the two options to the commands that use a model, whatever their task (fairseq 0.12.2).
+
+    An option that is in no dataclass is dropped when the options become a configuration, so both are folded into
+    ``--model-overrides``, which reaches the settings that the model is built from.
+    """
+    if getattr(options.gen_parser_from_dataclass, "_kd_ext", False):
+        return
+    _add_options()
+    _fold_options()
+    _prepare_loaded_models()
+
+
+def _settings():
+    # not at the top: models register themselves when they are imported, after every touch is in place
+    from kd_ext.models.extension_flags import NO_ADAPTER, SIDES, activation_key
+
+    return {activation_key(side): side for side in SIDES}, NO_ADAPTER
+
+
+def _add_options() -> None:
+    original = options.gen_parser_from_dataclass
+
+    @functools.wraps(original)
+    def gen_parser_from_dataclass(parser, dataclass_instance, *args, **kwargs):
+        original(parser, dataclass_instance, *args, **kwargs)
+        if isinstance(dataclass_instance, CommonEvalConfig):
+            if parser.get_default("task") is None:
+                # fairseq-validate has no default, and ends with "KeyError: None"; the checkpoint's task is what it uses
+                parser.set_defaults(task="translation")
+            sides, no_adapter = _settings()
+            for key, side in sides.items():
+                parser.add_argument(
+                    "--" + key.replace("_", "-"),
+                    metavar="ID",
+                    help=f"the {side}'s adapter to use; '{no_adapter}': no adapter; default: the one that was trained",
+                )
+
+    gen_parser_from_dataclass._kd_ext = True
+    options.gen_parser_from_dataclass = gen_parser_from_dataclass
+
+
+def _fold_options() -> None:
+    original = options.parse_args_and_arch
+
+    @functools.wraps(original)
+    def parse_args_and_arch(*args, **kwargs):
+        parsed = original(*args, **kwargs)
+        _fold(parsed[0] if isinstance(parsed, tuple) else parsed)
+        return parsed
+
+    options.parse_args_and_arch = parse_args_and_arch
+
+
+def _fold(args) -> None:
+    asked = {key: getattr(args, key) for key in _settings()[0] if getattr(args, key, None) is not None}
+    if not asked:
+        return
+    overrides = getattr(args, "model_overrides", "{}")
+    try:
+        settings = ast.literal_eval(overrides)
+    except (ValueError, SyntaxError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--model-overrides {overrides}: not a dictionary; write it as \"{{'name': 'value'}}\"")
+    args.model_overrides = str({**settings, **asked})
+
+
+def _prepare_loaded_models() -> None:
+    original = checkpoint_utils.load_model_ensemble_and_task
+
+    @functools.wraps(original)
+    def load_model_ensemble_and_task(filenames, arg_overrides=None, *args, **kwargs):
+        loaded = original(filenames, arg_overrides, *args, **kwargs)
+        for path, model in zip(filenames, loaded[0]):
+            _prepare(path, model, arg_overrides or {})
+        return loaded
+
+    checkpoint_utils.load_model_ensemble_and_task = load_model_ensemble_and_task
+
+
+def _prepare(path, model, overrides) -> None:
+    """Thaw a model of ours; refuse one of another class, which would ignore the options.
+
+    For a weight that needs no gradient torch takes another kernel in places: what training froze would change the
+    last bit of scores, and with no adapter active they would not be those of the base.
+    """
+    from kd_ext.models.transformer_ext import TransformerExtModel
+
+    if isinstance(model, TransformerExtModel):
+        model.requires_grad_(True)
+    elif isinstance(model, FairseqEncoderDecoderModel):  # not a language model that is fused in
+        sides, no_adapter = _settings()
+        for key in sides:
+            if overrides.get(key) not in (None, no_adapter):
+                raise ConfigError(
+                    f"--{key.replace('_', '-')} {overrides[key]}: {path} is a {type(model).__name__}, which has no "
+                    f"adapters; use '{no_adapter}', or a checkpoint of a transformer_adapter architecture"
+                )

@@ -1,0 +1,103 @@
+"""``--run-sanity-validation-steps``: validate once before the first update."""
+
+import contextlib
+import copy
+import functools
+import logging
+import random
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import OptimizationConfig
+from fairseq.logging import progress_bar
+
+logger = logging.getLogger(__name__)
+
+
+OPTION = "run_sanity_validation_steps"
+
+
+def apply() -> None:
+    """Add the option to fairseq-train, and the pass to what it does (fairseq 0.12.2).
+
+    Options that are in no dataclass are lost before training starts. This one is in the group of the optimization
+    options, the one group that training alone has. The pass comes right after a checkpoint was or was not
+    loaded: the trainer, its task and all validation data are there, and no update has been made.
+    """
+    if OPTION in OptimizationConfig.__dataclass_fields__:
+        return
+    _add_option()
+    original = checkpoint_utils.load_checkpoint
+
+    @functools.wraps(original)
+    def load_checkpoint(cfg, trainer, **kwargs):
+        extra_state, epoch_itr = original(cfg, trainer, **kwargs)
+        if getattr(trainer.cfg.optimization, OPTION, False):
+            _validate(trainer, epoch_itr)
+        return extra_state, epoch_itr
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def _add_option() -> None:
+    """Add a field to the dataclass itself: a subclass would not do where an instance of it is the default."""
+    option = copy.copy(OptimizationConfig.__dataclass_fields__["sentence_avg"])  # also a bool, off
+    option.name = OPTION
+    option.metadata = {
+        "help": "one full pass over each validation subset before the first update; changes nothing else"
+    }
+    OptimizationConfig.__dataclass_fields__[OPTION] = option
+    OptimizationConfig.__annotations__[OPTION] = bool
+    setattr(OptimizationConfig, OPTION, option.default)
+
+
+def _validate(trainer, epoch_itr) -> None:
+    from fairseq_cli.train import validate  # not at the top: importing it sets up logging
+
+    dataset = trainer.cfg.dataset
+    logger.info("--run-sanity-validation-steps: validating before the first update")
+    dummy_batch, max_steps = trainer._dummy_batch, dataset.max_valid_steps
+    dataset.max_valid_steps = None
+    try:
+        with _random_state_kept(), _reported_as_sanity():
+            validate(trainer.cfg, trainer, trainer.task, epoch_itr, dataset.valid_subset.split(","))
+    finally:
+        # a validation batch in place of a training batch would change what a worker without data draws
+        trainer._dummy_batch, dataset.max_valid_steps = dummy_batch, max_steps
+
+
+@contextlib.contextmanager
+def _random_state_kept():
+    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def _reported_as_sanity():
+    """Have ``validate`` report each subset as ``sanity_<subset>``, in the log and to every logging service."""
+    original = progress_bar.progress_bar
+
+    def sanity_progress_bar(*args, prefix="", **kwargs):
+        bar = original(*args, prefix=f"sanity check: {prefix}", **kwargs)
+        report = bar.print
+
+        def report_as_sanity(stats, tag=None, step=None):
+            report(stats, tag=f"sanity_{tag}", step=step)
+
+        bar.print = report_as_sanity
+        return bar
+
+    progress_bar.progress_bar = sanity_progress_bar
+    try:
+        yield
+    finally:
+        progress_bar.progress_bar = original
