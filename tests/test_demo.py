@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import fetch
+import figure
 import pytest
 import recipes
 import run
@@ -231,3 +232,25 @@ def test_translations_are_scored_by_language():
     table = scores.render({"m": {"parameters": 1234, "sentences_per_second": 1152.25, **result}})
     assert "| m     | 1,234      |" in table
     assert scores.sentences_per_second(output) == 1152.25
+
+
+def test_a_model_of_one_language_has_its_scores_alone(tmp_path):
+    pairs = [Pair("de", "a", "the first one here"), Pair("hi", "b", "a wholly other text")]
+    texts = ["the first one here", "a wholly other text"]
+    common = {"parameters": 1000, "sentences_per_second": 2.0}
+    results = {"all": {**common, **scores.score(texts, pairs)}, "de": {**common, **scores.score(texts[:1], pairs[:1])}}
+    assert results["de"]["scores"].keys() == {"de"}
+    assert scores.render(results).splitlines()[3].replace(" ", "") == "|de|1,000|||2|100.0/100.0||"
+    figure.draw(results, tmp_path / "figure.png", "de")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "figure.tmp").exists()
+
+
+def test_an_adapter_is_trained_on_its_language_and_its_base():
+    (adapter,) = (model for model in recipes.MODELS if model.language)
+    command = recipes.train(adapter, 5, adapter.name)
+    assert command[1] == adapter.data == f"data-{recipes.ADAPTED}"
+    assert f"{adapter.reads[0]}/{recipes.CHECKPOINT}" in command
+    assert f"pieces/{recipes.ADAPTED}.train" in recipes.preprocess(recipes.ADAPTED, adapter.data)
+    assert [a for a, b in zip(command, command[1:]) if b == "1e-3"] == ["--lr"]
+    assert command.index("1e-3") > command.index("3e-3")  # the later one counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, List
 
 import sentencepiece
 from catalogues import LANGUAGES, Pair, read_pairs, write_pairs
@@ -19,11 +19,12 @@ def tagged(pair: Pair) -> str:
     return f"__src__{pair.language} __tgt__en {pair.foreign}"
 
 
-def cut(text: Path, folder: Path) -> None:
+def cut(text: Path, language: str, folder: Path) -> None:
     """Learn one sentencepiece model of both sides of the training text, and cut every split with it.
 
     Writes ``sentencepiece.model``, and for each split ``<split>.src`` and ``<split>.en`` of pieces and
-    ``<split>.tsv`` of the pairs that were short enough, line by line.
+    ``<split>.tsv`` of the pairs that were short enough, line by line; the sentences of `language` also by
+    themselves, ``<language>.<split>.*``.
     """
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_sentences(text / "train.tsv"),
@@ -34,16 +35,22 @@ def cut(text: Path, folder: Path) -> None:
     )
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
     for name in SPLITS:
-        kept = []
-        with (folder / f"{name}.src").open("w", encoding="utf-8") as source:
-            with (folder / f"{name}.en").open("w", encoding="utf-8") as target:
-                for pair in read_pairs(text / f"{name}.tsv"):
-                    foreign, english = model.encode([pair.foreign, pair.english], out_type=str)
-                    if max(len(foreign), len(english)) <= MAX_PIECES:
-                        kept.append(pair)
-                        print(*model.encode(tagged(pair), out_type=str), file=source)
-                        print(*english, file=target)
-        write_pairs(folder / f"{name}.tsv", kept)
+        pairs = list(read_pairs(text / f"{name}.tsv"))
+        _write(model, pairs, folder, name)
+        _write(model, [pair for pair in pairs if pair.language == language], folder, f"{language}.{name}")
+
+
+def _write(model: sentencepiece.SentencePieceProcessor, pairs: List[Pair], folder: Path, name: str) -> None:
+    kept = []
+    with (folder / f"{name}.src").open("w", encoding="utf-8") as source:
+        with (folder / f"{name}.en").open("w", encoding="utf-8") as target:
+            for pair in pairs:
+                foreign, english = model.encode([pair.foreign, pair.english], out_type=str)
+                if max(len(foreign), len(english)) <= MAX_PIECES:
+                    kept.append(pair)
+                    print(*model.encode(tagged(pair), out_type=str), file=source)
+                    print(*english, file=target)
+    write_pairs(folder / f"{name}.tsv", kept)
 
 
 def _sentences(train: Path) -> Iterator[str]:

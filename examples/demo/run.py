@@ -6,7 +6,7 @@ takes about ten minutes of training on two cores, without a GPU, and ends with a
 carries on where it was when it is run again; with other options it does again what depends on them.
 A short form of the same, with models that have hardly begun to learn, takes about two minutes:
 
-    python examples/demo/run.py --out demo-short --teacher-updates 60 --student-updates 40
+    python examples/demo/run.py --out demo-short --teacher-updates 60 --student-updates 40 --adapter-updates 20
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import figure
 import recipes
 import scores
 from catalogues import LANGUAGES, extract, read_pairs
@@ -41,6 +42,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             announce(commands.out, step)
         results = {model.name: read_scores(commands.out, model) for model in recipes.MODELS}
         print("\n" + scores.write_results(commands.out, results), end="")
+        figure.draw(results, commands.out / "results.png", recipes.ADAPTED)
     except DemoError as error:
         print(error, file=sys.stderr)
         return 1
@@ -54,7 +56,7 @@ def parse(arguments: Optional[List[str]]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of all results: %(default)s")
-    for name, default in (("teacher", 1300), ("student", 1000)):
+    for name, default in (("teacher", 1200), ("student", 800), ("adapter", 300)):
         parser.add_argument(
             f"--{name}-updates",
             type=int,
@@ -84,17 +86,21 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
         Step("text", {"percent": PERCENT}, partial(split, out / "pairs" / "pairs.tsv"), after=("pairs",)),
         Step(
             "pieces",
-            {"vocabulary": VOCABULARY, "max_pieces": MAX_PIECES, "tags": TAGS},
-            partial(cut, out / "text"),
+            {"vocabulary": VOCABULARY, "max_pieces": MAX_PIECES, "tags": TAGS, "language": recipes.ADAPTED},
+            partial(cut, out / "text", recipes.ADAPTED),
             after=("text",),
         ),
-        Step(
-            recipes.DATA,
-            {"command": recipes.preprocess(recipes.DATA)},
-            lambda folder: commands.run(recipes.DATA, recipes.preprocess(folder.name)),
-            after=("pieces",),
-        ),
     ]
+    for language in (None, recipes.ADAPTED):
+        name = recipes.data_folder(language)
+        done.append(
+            Step(
+                name,
+                {"command": recipes.preprocess(language, name)},
+                partial(preprocess, commands, language),
+                after=("pieces", *([recipes.DATA] if language else [])),
+            )
+        )
     for model in recipes.MODELS:
         updates = getattr(options, model.updates)
         done.append(
@@ -102,7 +108,7 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
                 model.name,
                 {"command": recipes.train(model, updates, model.name)},
                 partial(train, commands, model, updates),
-                after=(recipes.DATA, *([model.teacher] if model.teacher else [])),
+                after=(model.data, *model.reads),
                 resumes=True,
             )
         )
@@ -112,7 +118,7 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
                 f"{model.name}-translated",
                 {"command": recipes.generate(model), "environment": recipes.TRANSLATION_ENVIRONMENT},
                 partial(translate, commands, model),
-                after=(recipes.DATA, model.name),
+                after=(model.data, model.name),
             )
         )
     return done
@@ -131,6 +137,11 @@ def announce(out: Path, step: Step) -> None:
     finally:
         # on a terminal, a progress bar has been on this line
         print(f"\r{label}{outcome}" if sys.stdout.isatty() else outcome, flush=True)
+
+
+def preprocess(commands: Commands, language: Optional[str], folder: Path) -> None:
+    """Binarize the text of a language, or of all, into `folder`."""
+    commands.run(recipes.data_folder(language), recipes.preprocess(language, folder.name))
 
 
 def train(commands: Commands, model: recipes.Model, updates: int, folder: Path) -> None:
@@ -159,12 +170,13 @@ def translate(commands: Commands, model: recipes.Model, folder: Path) -> None:
     name = f"{model.name}-translated"
     log = commands.log(name)
     log.unlink(missing_ok=True)  # the translations are read from it
-    pairs = list(read_pairs(commands.out / "pieces" / "test.tsv"))
+    test = f"{model.language}.test.tsv" if model.language else "test.tsv"
+    pairs = list(read_pairs(commands.out / "pieces" / test))
     commands.run(name, recipes.generate(model), len(pairs), Translated(), recipes.TRANSLATION_ENVIRONMENT)
     output = log.read_text(encoding="utf-8")
     result: Dict[str, Any] = {
         "parameters": scores.parameters(
-            commands.out / model.name / recipes.CHECKPOINT, commands.out / recipes.DATA, recipes.USER_DIR
+            commands.out / model.name / recipes.CHECKPOINT, commands.out / model.data, recipes.USER_DIR
         ),
         "sentences_per_second": scores.sentences_per_second(output),
         **scores.score(scores.hypotheses(output), pairs),

@@ -32,12 +32,13 @@ def sentences_per_second(output: str) -> float:
 
 
 def score(translations: List[str], pairs: List[Pair]) -> Dict[str, Any]:
-    """BLEU and chrF of all translations, and of each language's."""
+    """BLEU and chrF of each language's translations, and of all where there are several languages."""
     from sacrebleu.metrics import BLEU, CHRF
 
     bleu, chrf = BLEU(), CHRF()
     scores: Dict[str, Any] = {}
-    for language in ("all", *sorted({pair.language for pair in pairs})):
+    languages = sorted({pair.language for pair in pairs})
+    for language in ["all", *languages] if len(languages) > 1 else languages:
         chosen = [i for i, pair in enumerate(pairs) if language in ("all", pair.language)]
         texts = [translations[i] for i in chosen]
         references = [[pairs[i].english for i in chosen]]
@@ -71,14 +72,13 @@ def render(results: Dict[str, Dict[str, Any]]) -> str:
     rows = [head]
     for name, result in results.items():
         scores = result["scores"]
-        row = [
-            name,
-            f"{result['parameters']:,}",
-            f"{scores['all']['bleu']:.1f}",
-            f"{scores['all']['chrf']:.1f}",
-        ]
+        row = [name, f"{result['parameters']:,}"]
+        row += [f"{scores['all'][metric]:.1f}" if "all" in scores else "" for metric in ("bleu", "chrf")]
         row += [f"{result['sentences_per_second']:.0f}"]
-        row += [f"{scores[language]['bleu']:.1f} / {scores[language]['chrf']:.1f}" for language in languages]
+        row += [
+            f"{scores[language]['bleu']:.1f} / {scores[language]['chrf']:.1f}" if language in scores else ""
+            for language in languages
+        ]
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     rows.insert(1, ["-" * width for width in widths])
