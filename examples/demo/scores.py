@@ -55,7 +55,8 @@ def score(translations: List[str], pairs: List[Pair]) -> Dict[str, Any]:
 
 def parameters(checkpoint: Path, data: Path, user_dir: Path) -> int:
     """The parameters of a trained model, each once, without fairseq's dead ones."""
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    for name in ("fairseq", "kd_ext"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     from fairseq import checkpoint_utils, utils
 
     utils.import_user_module(Namespace(user_dir=str(user_dir)))
