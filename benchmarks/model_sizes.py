@@ -1,13 +1,14 @@
 """Parameters of upstream's transformer and of the same size with this project's extensions, as a table.
 
-    python benchmarks/model_sizes.py
+python benchmarks/model_sizes.py
 """
 
 from argparse import Namespace
 
-import kd_ext  # noqa: F401  registers the architectures
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+
+import kd_ext  # noqa: F401  registers the architectures
 
 VOCABULARY = 32000
 STACKED = ("encoder_recurrent_stacking", "decoder_recurrent_stacking")

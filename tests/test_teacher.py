@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from commands import PLUGIN, run
 from conftest import KD, SIZES, TRAINING, load
 from fairseq import checkpoint_utils
+from fairseq.models import ARCH_CONFIG_REGISTRY
 from test_resume import is_trained
 
+from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.tasks.load_teacher import load_teacher
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
@@ -99,6 +102,20 @@ def test_the_student_starts_from_the_same_weights(train, distil, tmp_path):
     alone, taught = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("alone", "taught"))
     for name in filter(is_trained, alone):
         assert torch.equal(alone[name], taught[name])
+
+
+def test_eval_bleu_translates_with_the_student(data, teacher):
+    """Defect 10: the teacher, built by the student's task, took the place of the student in its generator."""
+    config = TranslationWithKDConfig(data=str(data), eval_bleu=True, eval_bleu_args='{"beam": 2}')
+    config.teacher_checkpoint_path = str(teacher)
+    task = TranslationWithKDTask.setup_task(config)
+    settings = Namespace(arch="transformer", encoder_layers=1, decoder_layers=1)
+    ARCH_CONFIG_REGISTRY["transformer"](settings)
+    student = task.build_model(settings)
+    generator = task.sequence_generator
+    LabelSmoothedCrossEntropyWithKD(task, False, 0.1)
+    assert task.sequence_generator is generator
+    assert generator.model.single_model is student
 
 
 def test_another_architecture_and_size(data, distil, teacher, tmp_path):
