@@ -127,12 +127,13 @@ def _as_autocast(logits: LinearLogits) -> LinearLogits:
     if not (logits.features.is_cuda and torch.is_autocast_enabled()):
         return logits
     dtype = torch.get_autocast_gpu_dtype()
-    return LinearLogits(*(None if x is None else x.to(dtype) for x in logits))
+    bias = None if logits.bias is None else logits.bias.to(dtype)
+    return LinearLogits(logits.features.to(dtype), logits.weight.to(dtype), bias)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         features: Tensor,
         weight: Tensor,
@@ -159,7 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
         # The scale of the loss first, in float32, and then the dtype: else small gradients underflow in float16.
         gradients = [None if x is None else (x * gradient).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return (*gradients, None, None, None, None, None)
