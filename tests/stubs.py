@@ -3,10 +3,12 @@
 import numpy as np
 import torch
 from fairseq.data import Dictionary
-from fairseq.models import BaseFairseqModel
+from fairseq.models import BaseFairseqModel, FairseqDecoder
+from fairseq.models.transformer import TransformerDecoderBase
 from torch.nn import functional as F
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
+from kd_ext.models.output_projection import find_projection
 from kd_ext.modules.teacher import Teacher
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
@@ -35,6 +37,34 @@ class GivenLogits(BaseFairseqModel):
 
     def get_normalized_probs(self, net_output, log_probs, sample=None):
         return F.log_softmax(net_output[0], dim=-1, dtype=torch.float32)
+
+
+class GivenFeatures(BaseFairseqModel):
+    """The same with upstream's way from features to logits: the features are the logits, the projection is unity."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(1))
+        self.decoder = Decoder(lambda: self.logits)
+
+    def forward(self, src_tokens, prev_output_tokens, src_lengths=None, features_only=False):
+        return self.decoder(prev_output_tokens, features_only=features_only)
+
+
+class Decoder(FairseqDecoder):
+    forward = TransformerDecoderBase.forward
+    output_layer = TransformerDecoderBase.output_layer
+    adaptive_softmax = None
+
+    def __init__(self, features):
+        super().__init__(None)
+        self.output_projection = torch.nn.Linear(VOCABULARY, VOCABULARY, bias=False)
+        torch.nn.init.eye_(self.output_projection.weight)
+        self._features = features
+
+    def extract_features(self, prev_output_tokens, **kwargs):
+        self.output_projection.to(self._features().dtype)
+        return self._features(), None
 
 
 def random_batch(rng, languages, longest=6, teachers=1):
@@ -71,13 +101,16 @@ def to_sample(words, batch, extra=0):
 class Run:
     """The criterion of one run, with a student and teachers whose logits a test sets."""
 
+    student_kind = teacher_kind = GivenLogits
+
     def __init__(self, strategy, teachers=1, prefix=0, eps=0.1, tag="__src__", **flags):
         config = TranslationWithKDConfig(kd_strategy=strategy, kd_language_tag=tag)
         self.words = dictionary()
         self.task = TranslationWithKDTask(config, self.words, self.words)
-        self.student = GivenLogits()
-        self.teachers = [GivenLogits() for _ in range(teachers)]
-        self.task.load_teacher = lambda: Teacher(self.teachers)
+        self.student = self.student_kind()
+        self.teachers = [self.teacher_kind() for _ in range(teachers)]
+        projections = [find_projection(x) if isinstance(x, GivenFeatures) else None for x in self.teachers]
+        self.task.load_teacher = lambda: Teacher(self.teachers, projections)
         self.criterion = LabelSmoothedCrossEntropyWithKD(
             self.task, False, eps, ignore_prefix_size=prefix, report_accuracy=True, **flags
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kd_oracle import Oracle
-from stubs import Run, random_batch
+from stubs import GivenFeatures, GivenLogits, Run, random_batch
 
 STRATEGIES = {
     "word_seq_level": {"alpha": 0.3},
@@ -17,6 +17,18 @@ STRATEGIES = {
 }
 # the languages of each batch: one that is absent, a sentence without a tag, a batch larger than the queues
 BATCHES = [["hi", "ta", "hi"], ["bn", "hi", None, "bn"], ["ta"] * 16 + ["hi"] * 6, ["hi", "bn", "ta"], ["bn"]]
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[(GivenLogits, GivenLogits), (GivenFeatures, GivenFeatures), (GivenFeatures, GivenLogits)],
+    ids=["plain", "lean", "lean-plain-teacher"],
+)
+def _formulation(request, monkeypatch):
+    """Every test with all logits at once, from features by chunks, and so with a teacher that gives only logits."""
+    student, teacher = request.param
+    monkeypatch.setattr(Run, "student_kind", student)
+    monkeypatch.setattr(Run, "teacher_kind", teacher)
 
 
 def make(strategy, teachers=1, **settings):

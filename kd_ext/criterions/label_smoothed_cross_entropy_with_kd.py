@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Dict, List, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import torch
 from fairseq.criterions import register_criterion
@@ -16,6 +16,8 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 
 from kd_ext.errors import ConfigError
+from kd_ext.models.output_projection import NoProjectionError, Projection, find_projection
+from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll
 from kd_ext.modules.collectives import all_gather_concat
 from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
 from kd_ext.modules.language_tags import LanguageTags
@@ -43,6 +45,42 @@ class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionCo
         default=1.0,
         metadata={"help": "temperature T of both softmaxes of the distillation term, which is multiplied by T^2"},
     )
+
+
+class _Batch(NamedTuple):
+    """The real tokens of a batch, ``n`` of them: no padding, none of the ignored prefix.
+
+    Attributes:
+        net_input: the arguments of the models' forward
+        real: where they are, shape ``(B, T)``, bool
+        target: shape ``(n,)``, int64
+        language: the pool of each one's sentence, shape ``(n,)``, int64
+        is_dummy: the batch is another worker's
+    """
+
+    net_input: Dict
+    real: torch.Tensor
+    target: torch.Tensor
+    language: torch.Tensor
+    is_dummy: bool
+
+    def positions(self, selection: Selection):
+        """Where the selected tokens are, shape ``(B, T)``, bool."""
+        return torch.zeros_like(self.real).masked_scatter(self.real, selection.mask)
+
+
+class _Terms(NamedTuple):
+    """As :class:`~kd_ext.modules.chunked_loss.ChunkedLoss`, and what was selected."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    cross_entropy: torch.Tensor
+    kl: torch.Tensor
+    correct: torch.Tensor
+    selection: Selection
+
+
+_UNKNOWN = object()
 
 
 @register_criterion(CRITERION, dataclass=LabelSmoothedCrossEntropyWithKDConfig)
@@ -86,6 +124,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         self.golden_weight, self.distilled_weight = self.selector.weights(alpha)
         self.teacher = task.load_teacher() if self.distilled_weight > 0 else None
         task.selector = self.selector
+        self._projection = _UNKNOWN  # the student's, None where it has none: it is found in the first batch
         logger.info(
             "--kd-strategy %s: loss = %g label-smoothed + %g distillation; rate %s, queue %s, temperature %g",
             *(strategy, self.golden_weight, self.distilled_weight, kd_rate, kd_queue_size, kd_temperature),
@@ -103,62 +142,84 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         Returns:
             the loss (scalar, float32, nats, summed), the sample size, and the sums to log
         """
-        if not model.training or self.distilled_weight == 0:
+        if not model.training:
             return super().forward(model, sample, reduce)
-        if self.teacher is None:
-            raise RuntimeError("a model that was loaded to be used cannot be trained: its teacher was not loaded")
-        self.teacher.place_like(model)
-        net_output = model(**sample["net_input"])
-        real = self._real_tokens(sample["target"])  # B x T, n true
-        log_probs = model.get_normalized_probs(net_output, log_probs=True)[real].float()  # n x V
-        target = sample["target"][real]
-        smoothed, nll = label_smoothed_nll(log_probs, target, self.eps)
+        if self._projection is _UNKNOWN:
+            self._projection = _find_projection(model)
+        if self.distilled_weight == 0 and self._projection is None:
+            return super().forward(model, sample, reduce)
+        if self.distilled_weight > 0:
+            if self.teacher is None:
+                raise RuntimeError("a model that was loaded to be used cannot be trained: its teacher was not loaded")
+            self.teacher.place_like(model)
+        batch = self._batch(sample)
+        terms = self._plain_terms(model, batch) if self._projection is None else self._lean_terms(model, batch)
 
-        language = self._token_languages(sample, real)
-        selection = self._select(nll.detach(), language, sample.get("is_dummy", False))
-        chosen = torch.zeros_like(real).masked_scatter(real, selection.mask)  # B x T
-        teacher_probs = self.teacher.probs(sample["net_input"], chosen, self.temperature)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": terms.loss.detach(),
+            "nll_loss": terms.nll.sum(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["target"].size(0),
+            "sample_size": sample_size,
+        }
+        if self.distilled_weight > 0:
+            logging_output["kd_loss"] = terms.cross_entropy.sum()
+            logging_output["kd_kl"] = terms.kl.sum()
+            logging_output["kd_selected"] = terms.selection.mask.sum()
+            logging_output["kd_tokens"] = batch.real.sum()
+            logging_output.update(self._selection_sums(terms.selection, batch.language))
+        if self.report_accuracy:
+            logging_output["n_correct"] = terms.correct.sum()
+            logging_output["total"] = batch.real.sum()
+        return terms.loss, sample_size, logging_output
+
+    def _plain_terms(self, model, batch: "_Batch") -> "_Terms":
+        """The loss as it is defined: all log-probabilities at once."""
+        net_output = model(**batch.net_input)
+        log_probs = model.get_normalized_probs(net_output, log_probs=True)[batch.real].float()  # n x V
+        smoothed, nll = label_smoothed_nll(log_probs, batch.target, self.eps)
+        selection = self._select(nll.detach(), batch)
+        teacher_probs = self.teacher.probs(batch.net_input, batch.positions(selection), self.temperature)
         distilled = distillation_term(log_probs[selection.mask], teacher_probs, self.temperature)
         loss = self.distilled_weight * distilled.cross_entropy.sum()
         if self.golden_weight > 0:
             loss = loss + self.golden_weight * smoothed.sum()
+        correct = log_probs.argmax(1) == batch.target
+        return _Terms(loss, nll.detach(), distilled.cross_entropy.detach(), distilled.kl, correct, selection)
 
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
-        logging_output = {
-            "loss": loss.detach(),
-            "nll_loss": nll.detach().sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
-            "sample_size": sample_size,
-            "kd_loss": distilled.cross_entropy.detach().sum(),
-            "kd_kl": distilled.kl.sum(),
-            "kd_selected": selection.mask.sum(),
-            "kd_tokens": real.sum(),
-        }
-        logging_output.update(self._selection_sums(selection, language))
-        if self.report_accuracy:
-            logging_output["n_correct"] = (log_probs.argmax(1) == target).sum()
-            logging_output["total"] = real.sum()
-        return loss, sample_size, logging_output
+    def _lean_terms(self, model, batch: "_Batch") -> "_Terms":
+        """The same from the features, by chunks of tokens."""
+        features, _ = model(**batch.net_input, features_only=True)
+        student = self._projection(features[batch.real])  # n x d
+        if self.distilled_weight > 0:
+            # only gates need to know the losses before the tokens are selected
+            gated = self.selector.needs_rate
+            nll = chunked_nll(student, batch.target) if gated else batch.target.new_zeros(len(batch.target)).float()
+            selection = self._select(nll, batch)
+            teachers = self.teacher.logits(batch.net_input, batch.positions(selection))
+        else:
+            selection, teachers = Selection(torch.zeros_like(batch.target, dtype=torch.bool), torch.empty(0)), []
+        weights = Weights(self.golden_weight, self.distilled_weight, self.eps, self.temperature)
+        loss = chunked_loss(student, batch.target, selection.mask, teachers, weights)
+        return _Terms(*loss, selection)
 
-    def _real_tokens(self, target):
-        """Which target positions count: no padding, none of the ignored prefix. B x T, bool."""
-        real = target.ne(self.padding_idx)
+    def _batch(self, sample) -> "_Batch":
+        real = sample["target"].ne(self.padding_idx)
         real[:, : self.ignore_prefix_size] = False
-        return real
-
-    def _token_languages(self, sample, real):
-        """The pool of each real token's sentence: shape ``(n,)``, int64."""
         if self.languages is None:
-            return real[real].long() * 0
-        language = self.languages.of_sentences(sample["net_input"]["src_tokens"])  # B
-        return language.unsqueeze(1).expand_as(real)[real]
+            language = torch.zeros_like(sample["target"][real])
+        else:
+            sentences = self.languages.of_sentences(sample["net_input"]["src_tokens"])  # B
+            language = sentences.unsqueeze(1).expand_as(real)[real]
+        is_dummy = sample.get("is_dummy", False)
+        return _Batch(sample["net_input"], real, sample["target"][real], language, is_dummy)
 
-    def _select(self, nll, language, is_dummy: bool) -> Selection:
-        if not is_dummy:
-            return self.selector.select(nll, language)
+    def _select(self, nll, batch: "_Batch") -> Selection:
+        if not batch.is_dummy:
+            return self.selector.select(nll, batch.language)
         # The other workers wait for this one's tokens: it has none.
-        gates = self.selector.select(nll[:0], language[:0]).gates
+        gates = self.selector.select(nll[:0], batch.language[:0]).gates
         return Selection(torch.zeros_like(nll, dtype=torch.bool), gates)
 
     def _selection_sums(self, selection: Selection, language) -> Dict[str, torch.Tensor]:
@@ -230,6 +291,14 @@ def _find_languages(task) -> LanguageTags:
         )
     logger.info("languages with a queue: %s", ", ".join(languages.pools[:-1]))
     return languages
+
+
+def _find_projection(model) -> Optional[Projection]:
+    try:
+        return find_projection(model)
+    except NoProjectionError as error:
+        logger.warning("the loss is computed in its plain formulation, which takes more memory: %s", error)
+        return None
 
 
 def _data_parallel_group():

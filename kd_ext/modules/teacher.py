@@ -1,14 +1,19 @@
 """A frozen teacher, or an ensemble of them."""
 
 import logging
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from kd_ext.modules.distillation_loss import at_temperature
+from kd_ext.modules.chunked_logits import GivenLogits, LinearLogits, TeacherLogits
 
 logger = logging.getLogger(__name__)
+
+
+# from the features of n target positions, shape ``(n, d)``, to their logits
+Projection = Callable[[Tensor], LinearLogits]
 
 
 class Teacher:
@@ -18,10 +23,15 @@ class Teacher:
 
     Args:
         models: encoder-decoders with ``get_normalized_probs``; their vocabularies are the student's
+        projections: of each model that gives features by ``features_only=True``, its output projection; None for one
+            that must be asked for the probabilities of all positions
     """
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, models: Sequence[nn.Module], projections: Optional[Sequence[Optional[Projection]]] = None
+    ) -> None:
         self.models: List[Any] = [model.eval().requires_grad_(False) for model in models]
+        self._projections = projections or [None] * len(self.models)
         self._placed = False
 
     def place_like(self, student: nn.Module) -> None:
@@ -33,6 +43,26 @@ class Teacher:
             model.to(device=parameter.device, dtype=parameter.dtype)
         logger.info("teacher placed on %s as %s", parameter.device, parameter.dtype)
         self._placed = True
+
+    @torch.inference_mode()
+    def logits(self, net_input: Dict[str, Any], rows: Tensor) -> List[TeacherLogits]:
+        """The logits of each model at the chosen target positions.
+
+        Args:
+            net_input: the arguments of the models' forward
+            rows: the positions, shape ``(B, T)``, bool, with n true
+
+        Returns:
+            for each model n tokens, not projected yet where that can be left for later
+        """
+        logits: List[TeacherLogits] = []
+        for model, projection in zip(self.models, self._projections):
+            if projection is not None:
+                logits.append(projection(model(**net_input, features_only=True)[0][rows]))
+            else:
+                log_probs = model.get_normalized_probs(model(**net_input), log_probs=True)
+                logits.append(GivenLogits(log_probs[rows]))
+        return logits
 
     def probs(self, net_input: Dict[str, Any], rows: Tensor, temperature: float = 1.0) -> Tensor:
         """The probabilities of every word at the chosen target positions, averaged over the ensemble.
@@ -46,11 +76,11 @@ class Teacher:
             shape ``(n, V)``, float32, without gradient
         """
         total = None
-        for model in self.models:
+        for logits in self.logits(net_input, rows):
             with torch.inference_mode():
-                log_probs = model.get_normalized_probs(model(**net_input), log_probs=True)
+                scaled = logits.logits().float() / temperature
             # outside of inference mode: what autograd is to keep must be an ordinary tensor
-            probs = at_temperature(log_probs[rows].float(), temperature).exp()
+            probs = F.softmax(scaled, dim=1)
             total = probs if total is None else total + probs
         assert total is not None
         return total / len(self.models)

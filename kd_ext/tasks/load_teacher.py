@@ -20,7 +20,8 @@ from fairseq.tasks import TASK_REGISTRY
 from omegaconf import open_dict
 
 from kd_ext.errors import ConfigError
-from kd_ext.modules.teacher import Teacher
+from kd_ext.models.output_projection import NoProjectionError, find_projection
+from kd_ext.modules.teacher import Projection, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,15 @@ def load_teacher(checkpoint_path: Optional[str], overrides: str, user_dir: Optio
         _import_user_dir(user_dir)
     with _random_state_kept():
         models = [_load_one(path, settings, student_task) for path in utils.split_paths(checkpoint_path)]
-    return Teacher(models)
+    return Teacher(models, [_find_projection(model) for model in models])
+
+
+def _find_projection(model: torch.nn.Module) -> Optional[Projection]:
+    try:
+        return find_projection(model)
+    except NoProjectionError as error:
+        logger.info("the teacher projects all positions, padding too: %s", error)
+        return None
 
 
 def _parse_overrides(overrides: str) -> Dict[str, Any]:

@@ -1,0 +1,182 @@
+"""Which models' output layers are taken apart, and that what is trained does not depend on it."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
+from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase, TransformerModelBase
+from stubs import Run, random_batch, to_sample
+from torch.nn import functional as F
+
+from kd_ext.models.output_projection import NoProjectionError, find_projection
+from kd_ext.modules.chunked_logits import LinearLogits
+from kd_ext.modules.teacher import Teacher
+
+
+def transformer(task, **settings):
+    cfg = TransformerConfig(dropout=0.0, **settings)
+    for side in (cfg.encoder, cfg.decoder):
+        side.embed_dim, side.ffn_embed_dim, side.layers, side.attention_heads = 8, 16, 1, 2
+    cfg.decoder.input_dim = cfg.decoder.output_dim = 8
+    return TransformerModelBase.build_model(cfg, task)
+
+
+class Factorized(torch.nn.Module):
+    """A projection in two factors, as a module of someone else's might define it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.table = torch.nn.Linear(4, 8, bias=False), torch.nn.Parameter(torch.randn(17, 4))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.up.weight.t()), self.table)
+
+    def linear_logits(self, features):
+        return LinearLogits(F.linear(features, self.up.weight.t()), self.table)
+
+
+def with_bias():
+    return torch.nn.Linear(8, 17)
+
+
+KINDS = {
+    "untied": ({}, None),
+    "tied": ({"share_decoder_input_output_embed": True}, None),
+    "shared by all": ({"share_all_embeddings": True, "share_decoder_input_output_embed": True}, None),
+    "with bias": ({}, with_bias),
+    "factorized": ({}, Factorized),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("strategy", "flags"),
+    [
+        ("word_seq_level", {"alpha": 0.3}),
+        ("word_seq_level", {"alpha": 0.0}),
+        ("word_level", {}),
+        ("batch_level", {"kd_rate": 0.4}),
+        ("global_level", {"kd_rate": 0.4, "kd_queue_size": 30}),
+        ("global_language_wise", {"kd_rate": 0.4, "kd_queue_size": 20}),
+    ],
+)
+def test_gradients_of_the_model_are_those_of_the_plain_formulation(kind, strategy, flags):
+    results = []
+    for lean in (True, False):
+        torch.manual_seed(0)
+        run = Run(strategy, prefix=1, **flags)
+        settings, projection = KINDS[kind]
+        models = [transformer(run.task, **settings) for _ in range(2)]
+        if projection is not None:
+            for model in models:
+                model.decoder.output_projection = projection()
+        student, teacher = models
+        run.criterion.teacher = Teacher([teacher], [find_projection(teacher) if lean else None])
+        if not lean:
+            run.criterion._projection = None
+        rng = np.random.default_rng(3)
+        for _ in range(2):  # gradients accumulate
+            sample = to_sample(run.words, random_batch(rng, ["hi", "ta", "bn", "hi"]), extra=1)
+            sample["net_input"]["src_lengths"] = sample["net_input"]["src_tokens"].ne(run.words.pad()).sum(1)
+            loss, _, logged = run.criterion(student, sample)
+            loss.backward()
+        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        results.append((loss, logged, gradients))
+    (loss, logged, gradients), (plain_loss, plain_logged, expected) = results
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-5)
+    assert logged.keys() == plain_logged.keys()
+    for name in logged:
+        assert float(logged[name]) == pytest.approx(float(plain_logged[name]), rel=1e-5, abs=1e-5), name
+    assert gradients.keys() == expected.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def task():
+    return Run("word_level").task
+
+
+def test_adaptive_softmax(task):
+    model = transformer(task, adaptive_softmax_cutoff="5,10")
+    with pytest.raises(NoProjectionError, match="adaptive softmax"):
+        find_projection(model)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [
+        (TransformerModelBase, "get_normalized_probs"),
+        (TransformerDecoderBase, "get_normalized_probs"),
+        (TransformerDecoderBase, "output_layer"),
+        (TransformerDecoderBase, "forward"),
+    ],
+)
+def test_anything_of_its_own_on_the_way(task, owner, function):
+    model = transformer(task)
+    changed = model if owner is TransformerModelBase else model.decoder
+
+    def theirs(self, *args, **kwargs):
+        return getattr(super(kind, self), function)(*args, **kwargs)
+
+    kind = type("Theirs", (type(changed),), {function: theirs})
+    changed.__class__ = kind
+    with pytest.raises(NoProjectionError, match=f"Theirs has a {function} of its own"):
+        find_projection(model)
+
+
+def test_a_forward_without_features_only(task):
+    class Theirs(TransformerModelBase):
+        def forward(self, src_tokens, src_lengths, prev_output_tokens):
+            return super().forward(src_tokens, src_lengths, prev_output_tokens)
+
+    model = transformer(task)
+    model.__class__ = Theirs
+    with pytest.raises(NoProjectionError, match="no features_only"):
+        find_projection(model)
+
+
+def test_an_output_layer_of_another_kind_or_with_hooks(task):
+    model = transformer(task)
+    model.decoder.output_projection.register_forward_pre_hook(lambda *_: None)  # quantization noise does
+    with pytest.raises(NoProjectionError, match="has hooks"):
+        find_projection(model)
+    model.decoder.output_projection = torch.nn.Sequential(torch.nn.Linear(8, 17))
+    with pytest.raises(NoProjectionError, match="is a Sequential"):
+        find_projection(model)
+
+
+def test_wrappers(task, tmp_path):
+    """legacy_ddp and pytorch_ddp let the projection be used outside, but not if unused parameters are searched."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = transformer(task)
+        group = torch.distributed.group.WORLD
+        weight = model.decoder.output_projection.weight
+        x = torch.zeros(1, 8)
+        assert find_projection(ModuleProxyWrapper(LegacyDistributedDataParallel(model, group)))(x).weight is weight
+        wrap = functools.partial(torch.nn.parallel.DistributedDataParallel, model)
+        assert find_projection(ModuleProxyWrapper(wrap()))(x).weight is weight
+        with pytest.raises(NoProjectionError, match="--find-unused-parameters"):
+            find_projection(ModuleProxyWrapper(wrap(find_unused_parameters=True)))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_that_shards_the_weights(task):
+    class FullyShardedDataParallel(torch.nn.Module):
+        pass
+
+    with pytest.raises(NoProjectionError, match="FullyShardedDataParallel"):
+        find_projection(FullyShardedDataParallel())
+
+
+def test_the_log_says_once_which_formulation_is_used_and_why(caplog):
+    run = Run("word_level")  # its models have their own get_normalized_probs
+    batch = random_batch(np.random.default_rng(0), ["hi"])
+    for _ in range(2):
+        run.forward(batch)
+    (message,) = [r.getMessage() for r in caplog.records if "plain formulation" in r.getMessage()]
+    assert "the forward of GivenLogits has no features_only" in message
