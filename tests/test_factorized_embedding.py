@@ -7,6 +7,7 @@ import torch
 from tiny_models import batch, both, build, dictionary, logits, parameters
 
 from kd_ext.errors import ConfigError
+from kd_ext.models.output_projection import find_projection
 from kd_ext.modules.factorized_embedding import FactorizedEmbedding
 
 V, D, K = 30, 16, 5
@@ -118,3 +119,13 @@ def test_wrong_flags_are_told_before_training(case):
     flags, message = WRONG[case]
     with pytest.raises(ConfigError, match=message):
         build(words=dictionary(V), **{**FACTORIZED, **flags})
+
+
+@pytest.mark.parametrize("ties", [TIED, SHARED, {}])
+def test_the_loss_by_chunks_is_given_the_factors(ties):
+    model = build(**FACTORIZED, **ties)
+    features = torch.randn(5, D)
+    linear = find_projection(model)(features)
+    assert linear.features.shape == (5, K)
+    assert linear.weight.shape == (V, K)
+    torch.testing.assert_close(linear.logits(), model.decoder.output_layer(features))

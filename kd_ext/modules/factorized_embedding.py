@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kd_ext.modules.chunked_logits import LinearLogits
+
 
 class FactorizedEmbedding(nn.Module):
     """A table of V x k, then a projection of k x d without bias.
@@ -53,8 +55,12 @@ class TiedFactorizedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From features, shape ``(..., d)``, to logits, shape ``(..., V)``."""
+        return self.linear_logits(x).logits()
+
+    def linear_logits(self, x: Tensor) -> LinearLogits:
+        """The same, the product with the V x k factor left for later."""
         (embedding,) = self._embedding
-        return F.linear(F.linear(x, embedding.up.weight.t()), embedding.weight)
+        return LinearLogits(F.linear(x, embedding.up.weight.t()), embedding.weight)
 
 
 class FactorizedProjection(nn.Module):
@@ -75,4 +81,8 @@ class FactorizedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From features, shape ``(..., d)``, to logits, shape ``(..., V)``."""
-        return F.linear(self.down(x), self.weight)
+        return self.linear_logits(x).logits()
+
+    def linear_logits(self, x: Tensor) -> LinearLogits:
+        """The same, the product with the V x k factor left for later."""
+        return LinearLogits(self.down(x), self.weight)
