@@ -102,9 +102,8 @@ def probe() -> Tuple[Optional[Tuple[Dict[str, bool], List[str]]], Optional[str]]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, package],
         cwd=os.path.dirname(sys.executable),  # where a command finds no module but the installed ones either
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         return None, (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
