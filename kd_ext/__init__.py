@@ -6,11 +6,13 @@ early.apply()
 
 try:
     import fairseq  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "fairseq":
-        raise
+except Exception as error:
+    # python -m kd_ext.doctor ends here as well: Python imports a package before what is in it
+    missing = isinstance(error, ModuleNotFoundError) and error.name == "fairseq"
     raise ImportError(
-        "kd_ext is a plugin of fairseq, which is not installed: pip install 'pip<24.1' && pip install fairseq==0.12.2"
+        f"kd_ext is a plugin of fairseq, which {'is not installed' if missing else f'does not import ({error})'}: "
+        f"pip install 'pip<24.1' && pip install fairseq==0.12.2; to see what else is wrong: "
+        f"python {__path__[0]}/doctor.py"
     ) from error
 
 from kd_ext import upstream  # noqa: E402

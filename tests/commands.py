@@ -19,6 +19,7 @@ _modules = {
     "fairseq-generate": "fairseq_cli.generate",
     "fairseq-interactive": "fairseq_cli.interactive",
     "fairseq-validate": "fairseq_cli.validate",
+    "fairseq-hydra-train": "fairseq_cli.hydra_train",
 }
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch._dynamo", "sacrebleu", *_modules.values()])

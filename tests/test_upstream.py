@@ -101,3 +101,29 @@ def test_without_fairseq_the_error_says_what_to_install(tmp_path):
     status, output = python(code, PYTHONPATH=str(ROOT))
     assert status != 0
     assert "pip install fairseq==0.12.2" in output.splitlines()[-1]
+
+
+LOST = {
+    "find_module": (
+        (3, 12),
+        "import os\nfrom importlib.machinery import FileFinder, SourceFileLoader\n"
+        "finder = FileFinder(os.path.dirname(os.__file__), (SourceFileLoader, ['.py']))\n"
+        "assert finder.find_module('string').get_filename() == os.path.join(finder.path, 'string.py')\n"
+        "assert finder.find_module('no_such_module') is None",
+    ),
+    "typing.io": ((3, 13), "import typing\nfrom typing.io import TextIO\nassert TextIO is typing.TextIO"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_newer_pythons_have_lost_is_given_back(name):
+    since, code = LOST[name]
+    if sys.version_info < since:
+        pytest.skip("this Python still has it")
+    remedies = (
+        "from importlib.util import module_from_spec, spec_from_file_location\n"
+        f"spec = spec_from_file_location('early', {str(ROOT / 'kd_ext' / 'upstream' / 'early.py')!r})\n"
+        "early = module_from_spec(spec)\nspec.loader.exec_module(early)\nearly.apply()\nearly.apply()\n"
+    )
+    assert python(code)[0] != 0
+    assert python(remedies + code) == (0, "")

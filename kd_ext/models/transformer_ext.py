@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.dataclass.utils import gen_parser_from_dataclass
@@ -15,7 +15,7 @@ from kd_ext.models.decoder import TransformerExtDecoder
 from kd_ext.models.encoder import TransformerExtEncoder
 from kd_ext.models.extension_flags import SIDES, ExtensionFlags, Extensions, read_extensions, set_defaults
 from kd_ext.models.layers import is_dead
-from kd_ext.modules.adapter import adapter_of
+from kd_ext.modules.adapter import AdapterSet, adapter_of
 from kd_ext.modules.factorized_embedding import FactorizedEmbedding
 from kd_ext.modules.liberal_loading import match
 
@@ -84,6 +84,24 @@ class TransformerExtModel(TransformerModel):
         super().__init__(cfg, encoder, decoder)
         self._load_liberally: bool = cfg.extensions.load_liberally
         del cfg.factorized_dims  # used up, and an iterator cannot be copied with the model
+
+    def activate_adapter(self, encoder: Optional[str] = None, decoder: Optional[str] = None) -> None:
+        """Use another adapter from now on, on each side; None: no adapter there.
+
+        Raises:
+            ConfigError: for an id that a side does not have; nothing has changed then
+        """
+        chosen = []
+        for side, adapter_id in zip(SIDES, (encoder, decoder)):
+            sets = [module for module in getattr(self, side).modules() if isinstance(module, AdapterSet)]
+            known = sets[0].ids if sets else []
+            if adapter_id is not None and adapter_id not in known:
+                raise ConfigError(
+                    f"activate_adapter({side}={adapter_id!r}): unknown; the {side} has {', '.join(known) or 'none'}"
+                )
+            chosen += [(adapters, adapter_id) for adapters in sets]
+        for adapters, adapter_id in chosen:
+            adapters.active = adapter_id
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """As upstream's; under ``--load-checkpoint-liberally`` load what fits by name and shape.

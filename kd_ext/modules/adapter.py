@@ -1,7 +1,7 @@
 """Bottleneck adapters (Bapna and Firat, 2019: Simple, Scalable Adaptation for Neural Machine Translation)."""
 
 import re
-from typing import Callable, Dict, Iterable, Optional, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,10 @@ class AdapterSet(nn.Module):
         self.active = active
         # not by add_module: it refuses names that a module has as attributes, and "to" is a language (Tongan)
         self._modules.update(adapters)
+
+    @property
+    def ids(self) -> List[str]:
+        return list(self._modules)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the active adapter to `x`, shape ``(..., d)``."""

@@ -2,12 +2,19 @@
 
 import dataclasses
 import sys
+import typing
+from importlib.machinery import FileFinder
+from types import ModuleType
 
 
 def apply() -> None:
     """Apply every remedy that this Python needs; safe to call twice."""
     if sys.version_info >= (3, 11):
         _allow_config_defaults()
+    if sys.version_info >= (3, 12):
+        _restore_find_module()
+    if sys.version_info >= (3, 13):
+        _restore_typing_io()
 
 
 def _allow_config_defaults() -> None:
@@ -32,3 +39,24 @@ def _allow_config_defaults() -> None:
 
     make_field_of_config._kd_ext = True
     dataclasses._get_field = make_field_of_config  # type: ignore[attr-defined]
+
+
+def _restore_find_module() -> None:
+    """Python >= 3.12 has no ``FileFinder.find_module``, by which hydra-core 1.0 looks for its plugins."""
+    if not hasattr(FileFinder, "find_module"):
+        FileFinder.find_module = _find_module
+
+
+def _find_module(finder, name, path=None):
+    spec = finder.find_spec(name)
+    return spec.loader if spec is not None else None
+
+
+def _restore_typing_io() -> None:
+    """Python >= 3.13 has no ``typing.io``, from which antlr4 4.8, Hydra's parser, takes ``TextIO``."""
+    if "typing.io" in sys.modules:
+        return
+    module = ModuleType("typing.io")
+    for name in ("IO", "BinaryIO", "TextIO"):
+        setattr(module, name, getattr(typing, name))
+    sys.modules["typing.io"] = module

@@ -1,7 +1,10 @@
 """A wrong flag ends the command with one line, not with a traceback."""
 
+import os
 import sys
 from typing import Optional
+
+from omegaconf.errors import MissingMandatoryValue
 
 from kd_ext.errors import ConfigError
 
@@ -10,14 +13,18 @@ def apply() -> None:
     """Print an uncaught :class:`ConfigError` as a line; leave every other exception to who printed it before.
 
     Also one that was caught and raised as another: fairseq's trainer (0.12.2) turns whatever a model's
-    ``load_state_dict`` raises into a plain ``Exception``.
+    ``load_state_dict`` raises into a plain ``Exception``. Also a ``???`` of a recipe that was given no value.
+
+    hydra-core 1.0 catches every error and reports it itself, without this hook up to Python 3.9, and from 3.10 on
+    with a TypeError of its own (``print_exception`` has no ``etype`` there). Its own switch turns that off.
     """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     previous = sys.excepthook
     if getattr(previous, "_kd_ext", False):
         return
 
     def excepthook(kind, error, traceback):
-        mendable = _find(error)
+        mendable = _message(error)
         if mendable is not None:
             print(f"kd_ext: error: {mendable}", file=sys.stderr)
         else:
@@ -27,8 +34,12 @@ def apply() -> None:
     sys.excepthook = excepthook
 
 
-def _find(error: Optional[BaseException]) -> Optional[ConfigError]:
-    """The :class:`ConfigError` that `error` is, or was raised from."""
-    while error is not None and not isinstance(error, ConfigError):
+def _message(error: Optional[BaseException]) -> Optional[str]:
+    """The line for what `error` is, or was raised from; None if that is nothing that a flag can mend."""
+    while error is not None:
+        if isinstance(error, ConfigError):
+            return str(error)
+        if isinstance(error, MissingMandatoryValue):
+            return f"{str(error).splitlines()[0]}; the recipe leaves it open (???): name it on the command line"
         error = error.__cause__ or error.__context__
-    return error
+    return None
