@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo demo-short test lint clean
+.PHONY: demo demo-short test lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo/run.py
@@ -19,6 +19,13 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/queue_gate.py
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/adapter_tuning.py
+	$(BIN)/python benchmarks/report.py
 
 # pip >= 24.1 refuses omegaconf 2.0.6, which fairseq needs
 .venv/ready: pyproject.toml

@@ -12,8 +12,9 @@ CHUNK_ROWS = 256
 # Words times tokens in a chunk on an accelerator
 CHUNK_ELEMENTS = 2**25
 # What one thread of a CPU works on at a time, so that after the first operation the rest find it in its cache:
-# measured, element-wise operations then take a fifth of the time.
-BLOCK_ELEMENTS = 2**17
+# measured, element-wise operations then take a fifth of the time. On a machine whose processors are busy with other
+# processes it is the other way round, since the threads meet after every block.
+BLOCK_ELEMENTS = 2**16
 
 
 class LinearLogits(NamedTuple):

@@ -151,12 +151,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 run.chunk(start, stop, is_distilled=True)
             for start, stop in spans(count, target.numel(), rows):
                 run.chunk(start, stop, is_distilled=False)
-            loss = run.finish(count)
+            out = run.finish(count)
         ctx.save_for_backward(*run.gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in student]
-        metrics = run.nll, run.cross_entropy[:count], run.kl[:count], run.correct
-        ctx.mark_non_differentiable(*metrics)
-        return (loss, *metrics)
+        ctx.mark_non_differentiable(*out[1:])
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
@@ -181,9 +180,12 @@ class _ForwardPass:
         self._product = self._student.product
         self._teachers = TeacherChunks(teachers, weights.temperature)
         self._target, self._weights, self._bias = target, weights, student.bias
-        dtype = self._product.dtype
-        self.nll, self.cross_entropy, self.kl, self._log_total = target.new_empty(4, target.numel(), dtype=dtype)
-        self.correct = torch.empty_like(target, dtype=torch.bool)
+        dtype, n = self._product.dtype, target.numel()
+        vectors = target.new_empty(6, n, dtype=dtype)
+        # of each token: largest logit, logit of the target word, and the sum of exp(logit - largest)
+        self._top, self._at_target, self._total = vectors[:3]
+        # of each distilled token: that sum at T, sum_v q_v (logit_v - largest), and the teacher's entropy
+        self._total_at_t, self._inner, self._entropy = vectors[3:]
         self.gradients: List[Optional[Tensor]] = [
             torch.zeros_like(x, dtype=dtype) if needed and x is not None else None
             for x, needed in zip(student, needs_gradient)
@@ -200,8 +202,9 @@ class _ForwardPass:
             self._scale = 2.0 ** (15 - ceil(log2(largest)))
 
     def chunk(self, start: int, stop: int, is_distilled: bool) -> None:
-        """Metrics and gradients of the tokens from `start` to `stop`."""
+        """Gradients of the tokens from `start` to `stop`, and what their metrics are made of."""
         logits = self._student.rows(start, stop)
+        self._at_target[start:stop] = logits.gather(1, self._target[start:stop].unsqueeze(1)).squeeze(1)
         if is_distilled:
             self._teachers.load(start, stop)
         for block in blocks(logits):
@@ -215,10 +218,9 @@ class _ForwardPass:
 
     def _golden_block(self, z: Tensor, at: slice) -> None:
         """Turn logits ``(rows, V)`` of tokens `at` into the gradient of the label-smoothed term, less its target."""
-        top, at_target = self._shift(z, at)
-        total = z.exp_().sum(1)
+        z.sub_(torch.amax(z, 1, out=self._top[at]).unsqueeze(1))
+        total = torch.sum(z.exp_(), 1, out=self._total[at])
         z.mul_((self._weights.golden / total).unsqueeze(1))
-        self._note_nll(at, top, total, at_target)
 
     def _distilled_block(self, z: Tensor, at: slice, block: slice) -> None:
         """The same with the gradient of the distillation term."""
@@ -226,34 +228,18 @@ class _ForwardPass:
         factor = self._weights.distilled * temperature  # T^2 of the term, 1 / T of the softmax
         if self._scratch is None or self._scratch.size(0) < z.size(0):
             self._scratch = torch.empty_like(z)
-        top, at_target = self._shift(z, at)
-        probs, entropy, scratch = self._teachers.block(block, self._scratch[: z.size(0)])
-        inner = torch.mul(z, probs, out=scratch).sum(1) / temperature
+        probs, self._entropy[at], scratch = self._teachers.block(block, self._scratch[: z.size(0)])
+        z.sub_(torch.amax(z, 1, out=self._top[at]).unsqueeze(1))
+        torch.sum(torch.mul(z, probs, out=scratch), 1, out=self._inner[at])
         if temperature == 1:
-            total = total_at_t = z.exp_().sum(1)
+            total = torch.sum(z.exp_(), 1, out=self._total[at])
             z.mul_(((golden + factor) / total).unsqueeze(1))
         else:
             at_t = torch.div(z, temperature, out=scratch).exp_()
-            total, total_at_t = z.exp_().sum(1), at_t.sum(1)
+            total_at_t = torch.sum(at_t, 1, out=self._total_at_t[at])
+            total = torch.sum(z.exp_(), 1, out=self._total[at])
             z.mul_((golden / total).unsqueeze(1)).add_(at_t.mul_((factor / total_at_t).unsqueeze(1)))
         z.sub_(probs, alpha=factor)
-        cross_entropy = total_at_t.log() - inner
-        self.cross_entropy[at] = temperature**2 * cross_entropy
-        self.kl[at] = temperature**2 * (cross_entropy - entropy)
-        self._note_nll(at, top, total, at_target)
-
-    def _shift(self, z: Tensor, at: slice) -> Tuple[Tensor, Tensor]:
-        """Shift each row of logits to a maximum of 0; the maxima, and what the target words have then."""
-        top = z.amax(1, keepdim=True)
-        z.sub_(top)
-        at_target = z.gather(1, self._target[at].unsqueeze(1)).squeeze(1)
-        self.correct[at] = at_target >= 0
-        return top.squeeze(1), at_target
-
-    def _note_nll(self, at: slice, top: Tensor, total: Tensor, at_target: Tensor) -> None:
-        log_total = total.log()
-        self.nll[at] = log_total - at_target
-        self._log_total[at] = log_total + top
 
     def _multiply_back(self, gradient: Tensor, start: int, stop: int) -> None:
         """From the gradient of a chunk's logits, shape ``(rows, V)``, to those of features, weight and bias."""
@@ -272,25 +258,34 @@ class _ForwardPass:
         if of_weight is not None:
             self._product.add(of_weight, operand.t(), self._student.features[start:stop], 1 / self._scale)
 
-    def finish(self, count: int) -> Tensor:
-        """The loss; and what the floor of the label-smoothed target adds to the gradients, the same for all words."""
-        golden, distilled = self._weights.golden, self._weights.distilled
+    def finish(self, count: int) -> ChunkedLoss:
+        """The loss and its metrics from what the chunks left; the first `count` tokens are distilled.
+
+        What the floor of the label-smoothed target adds to loss and gradients is added here: it is the same for
+        all words, and takes sums of logits that the sums of features and weights give.
+        """
+        golden, distilled, _, temperature = self._weights
         features, weight, dtype = self._student.features, self._student.weight, self._product.dtype
+        log_total = self._total.log()
+        nll = log_total - (self._at_target - self._top)
+        log_total_at_t = log_total if temperature == 1 else self._total_at_t.log()
+        cross_entropy = temperature**2 * (log_total_at_t - self._inner / temperature)[:count]
+        kl = cross_entropy - temperature**2 * self._entropy[:count]
+        loss = distilled * cross_entropy.sum() + golden * self._peak * nll.sum()
         of_features, of_weight, of_bias = self.gradients
         if of_features is not None and self._scale != 1:
             of_features.div_(self._scale)
-        loss = distilled * self.cross_entropy[:count].sum() + golden * self._peak * self.nll.sum()
         floor = golden * self._floor
-        if floor == 0:
-            return loss
-        sum_of_weights, sum_of_features = weight.sum(0, dtype=dtype), features.sum(0, dtype=dtype)
-        sum_of_logits = torch.dot(sum_of_features, sum_of_weights)
-        if self._bias is not None:
-            sum_of_logits = sum_of_logits + features.size(0) * self._bias.sum(dtype=dtype)
-        if of_features is not None:
-            of_features.sub_(sum_of_weights, alpha=floor)
-        if of_weight is not None:
-            of_weight.sub_(sum_of_features, alpha=floor)
-        if of_bias is not None:
-            of_bias.sub_(floor * features.size(0))
-        return loss + floor * (weight.size(0) * self._log_total.sum() - sum_of_logits)
+        if floor > 0:
+            sum_of_weights, sum_of_features = weight.sum(0, dtype=dtype), features.sum(0, dtype=dtype)
+            sum_of_logits = torch.dot(sum_of_features, sum_of_weights)
+            if self._bias is not None:
+                sum_of_logits += features.size(0) * self._bias.sum(dtype=dtype)
+            loss = loss + floor * (weight.size(0) * (log_total + self._top).sum() - sum_of_logits)
+            if of_features is not None:
+                of_features.sub_(sum_of_weights, alpha=floor)
+            if of_weight is not None:
+                of_weight.sub_(sum_of_features, alpha=floor)
+            if of_bias is not None:
+                of_bias.sub_(floor * features.size(0))
+        return ChunkedLoss(loss, nll, cross_entropy, kl, self._at_target >= self._top)

@@ -1,0 +1,43 @@
+"""What the benchmarks share: a fresh process for every measurement, memory, and where results go."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+THREADS = 2
+
+
+def measure(script: str, *arguments: object) -> Dict[str, Any]:
+    """Run a script of this folder in a process of its own; the JSON object that it prints last."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+    return json.loads(done.stdout[done.stdout.rindex("{") :])
+
+
+def save(name: str, rows: List[Dict[str, Any]], **settings: Any) -> None:
+    """Write ``results/NAME.json``: what was measured, and where."""
+    import torch
+
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"torch": torch.__version__, "threads": THREADS, "load": os.getloadavg()[0]}
+    text = json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held so far, in 10^9 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def available_gb() -> float:
+    """Memory that a new process could have, in 10^9 bytes."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9

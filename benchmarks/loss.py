@@ -1,0 +1,118 @@
+"""(a) The loss alone, against plain formulations and against its matrix products, over sizes of the vocabulary.
+
+``python benchmarks/loss.py`` measures every variant in a process of its own;
+``python benchmarks/loss.py VARIANT VOCABULARY`` is such a process.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from common import THREADS, available_gb, measure, peak_gb, save
+from torch.nn import functional as F
+
+from kd_ext.modules.chunked_logits import CHUNK_ROWS, LinearLogits
+from kd_ext.modules.chunked_loss import Weights, chunked_loss
+
+TOKENS, STUDENT, TEACHER = 2048, 256, 512
+EPSILON, ALPHA = 0.1, 0.5
+VOCABULARIES = [8_000, 32_000, 64_000, 256_000]
+# which need n x V elements this many times over
+PLAIN = {"plain cross-entropy": 4, "plain distillation": 7}
+
+
+def products(x, weight, target, teacher_x, teacher_weight):
+    """The matrix products that distillation cannot do without: two projections and two gradients."""
+    student, of_weight, of_x = x.detach(), torch.zeros_like(weight), torch.empty_like(x)
+    z, q = torch.empty(2, CHUNK_ROWS, weight.size(0))
+    with torch.no_grad():
+        for i in range(0, TOKENS, CHUNK_ROWS):
+            rows = slice(i, i + CHUNK_ROWS)
+            torch.mm(teacher_x[rows], teacher_weight.t(), out=q)
+            torch.mm(student[rows], weight.t(), out=z)
+            torch.mm(z, weight, out=of_x[rows])
+            of_weight.addmm_(z.t(), student[rows])
+
+
+def label_smoothed(log_probs, target):
+    """As fairseq computes it."""
+    nll = -log_probs.gather(1, target.unsqueeze(1))
+    smooth = -log_probs.sum(1, keepdim=True)
+    floor = EPSILON / (log_probs.size(1) - 1)
+    return ((1 - EPSILON - floor) * nll + floor * smooth).sum()
+
+
+def plain_cross_entropy(x, weight, target, teacher_x, teacher_weight):
+    label_smoothed(F.log_softmax(F.linear(x, weight), dim=-1, dtype=torch.float32), target).backward()
+
+
+def plain_distillation(x, weight, target, teacher_x, teacher_weight):
+    """As the predecessor computes it: logits and log-probabilities of either model, and their product, all at once."""
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher_x, teacher_weight)
+    logits = F.linear(x, weight)
+    golden = label_smoothed(F.log_softmax(logits, dim=-1, dtype=torch.float32), target)
+    teacher = F.softmax(teacher_logits, dim=-1, dtype=torch.float32)
+    student = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    ((1 - ALPHA) * golden + ALPHA * -(teacher * student).sum()).backward()
+
+
+def lean_distillation(x, weight, target, teacher_x, teacher_weight):
+    teachers = [LinearLogits(teacher_x, teacher_weight)]
+    weights = Weights(1 - ALPHA, ALPHA, EPSILON, 1.0)
+    every = torch.ones_like(target, dtype=torch.bool)
+    chunked_loss(LinearLogits(x, weight), target, every, teachers, weights).loss.backward()
+
+
+def lean_cross_entropy(x, weight, target, teacher_x, teacher_weight):
+    nothing = torch.zeros_like(target, dtype=torch.bool)
+    chunked_loss(LinearLogits(x, weight), target, nothing, [], Weights(1.0, 0.0, EPSILON, 1.0)).loss.backward()
+
+
+VARIANTS = {
+    "products": products,
+    "plain cross-entropy": plain_cross_entropy,
+    "plain distillation": plain_distillation,
+    "lean cross-entropy": lean_cross_entropy,
+    "lean distillation": lean_distillation,
+}
+
+
+def one(variant: str, vocabulary: int) -> None:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, STUDENT).requires_grad_()
+    weight = torch.empty(vocabulary, STUDENT).normal_(std=STUDENT**-0.5).requires_grad_()
+    teacher_x = torch.randn(TOKENS, TEACHER)
+    teacher_weight = torch.empty(vocabulary, TEACHER).normal_(std=TEACHER**-0.5)
+    target = torch.randint(vocabulary, (TOKENS,))
+    before, seconds = peak_gb(), []
+    for _ in range(5 if vocabulary <= 64_000 else 2):
+        x.grad = weight.grad = None
+        start = time.perf_counter()
+        VARIANTS[variant](x, weight, target, teacher_x, teacher_weight)
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": min(seconds), "peak_gb": peak_gb() - before}))
+
+
+def main() -> None:
+    rows = []
+    for vocabulary in VOCABULARIES:
+        for variant in VARIANTS:
+            needed = PLAIN.get(variant, 0) * TOKENS * vocabulary * 4 / 1e9
+            row = {"variant": variant, "vocabulary": vocabulary}
+            if needed > available_gb():
+                row["skipped"] = f"needs about {needed:.0f} GB"
+            else:
+                row.update(measure("loss.py", variant, vocabulary))
+            rows.append(row)
+            print(row, flush=True)
+            save("loss", rows, tokens=TOKENS, student=STUDENT, teacher=TEACHER, chunk_rows=CHUNK_ROWS)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        one(sys.argv[1], int(sys.argv[2]))
+    else:
+        main()

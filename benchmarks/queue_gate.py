@@ -1,0 +1,79 @@
+"""(c) The gate and the queue over sizes of the queue, as shares of a training step.
+
+``python benchmarks/queue_gate.py``
+"""
+
+import statistics
+import time
+
+import torch
+from common import THREADS, save
+from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+
+from kd_ext.models.output_projection import find_projection
+from kd_ext.modules.chunked_loss import Weights, chunked_loss
+from kd_ext.modules.token_queue import TokenQueue
+
+TOKENS, LENGTH, VOCABULARY, RATE = 2048, 32, 32_000, 0.5
+SIZES = [10_000, 100_000, 1_000_000, 4_000_000]
+
+
+class Task:
+    """As much of a task as a model needs to be built."""
+
+    def __init__(self):
+        self.source_dictionary = self.target_dictionary = Dictionary()
+        for i in range(VOCABULARY - 4):
+            self.source_dictionary.add_symbol(f"w{i}")
+
+
+def make_step():
+    """A training step of a student 256 wide, without teacher and optimizer: the least that a step can be."""
+    cfg = TransformerConfig(share_decoder_input_output_embed=True)
+    for side in (cfg.encoder, cfg.decoder):
+        side.embed_dim, side.ffn_embed_dim, side.layers, side.attention_heads = 256, 1024, 3, 4
+    cfg.decoder.input_dim = cfg.decoder.output_dim = 256
+    model = TransformerModelBase.build_model(cfg, Task()).train()
+    project = find_projection(model)
+    tokens = torch.randint(4, VOCABULARY, (TOKENS // LENGTH, LENGTH))
+    lengths = torch.full((len(tokens),), LENGTH)
+    nothing = torch.zeros(TOKENS, dtype=torch.bool)
+
+    def step():
+        model.zero_grad()
+        features, _ = model(tokens, lengths, tokens, features_only=True)
+        student = project(features.flatten(0, 1))
+        chunked_loss(student, tokens.flatten(), nothing, [], Weights(1.0, 0.0, 0.1, 1.0)).loss.backward()
+
+    return step
+
+
+def seconds(function, times):
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    step = seconds(make_step(), 5)
+    rows = []
+    for size in SIZES:
+        queue = TokenQueue.from_values(size, torch.rand(size) * 10)
+
+        def push(queue=queue):
+            queue.push(torch.rand(TOKENS) * 10)
+            queue.commit()
+
+        taken = {"push": seconds(push, 20), "gate": seconds(lambda queue=queue: queue.gate(RATE), 20)}
+        rows.append({"queue": size, **taken, "step": step, "share": sum(taken.values()) / step})
+        print(rows[-1], flush=True)
+    save("queue_gate", rows, tokens=TOKENS, vocabulary=VOCABULARY, rate=RATE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Draws ``results/*.json``: a table, ``results/README.md``, and plots beside it.
+
+``python benchmarks/report.py``
+"""
+
+import json
+from typing import Any, Dict, List
+
+import matplotlib
+from common import RESULTS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def table(header: List[str], rows: List[List[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def ratio(value: Any, reference: Any) -> str:
+    return f"{value / reference:.2f}" if value is not None and reference else "-"
+
+
+def number(value: Any, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def loss(rows: List[Dict[str, Any]]) -> str:
+    """Time over the matrix products alone, memory over plain cross-entropy, of the same run."""
+    at = {(row["vocabulary"], row["variant"]): row for row in rows}
+    lines = []
+    for row in rows:
+        products, plain = (at.get((row["vocabulary"], name), {}) for name in ("products", "plain cross-entropy"))
+        time, peak = row.get("seconds"), row.get("peak_gb")
+        over = ratio(time, products.get("seconds")) if "distillation" in row["variant"] else "-"
+        lines.append(
+            [f"{row['vocabulary']:,}", row["variant"], row.get("skipped") or number(time), over, number(peak)]
+            + [ratio(peak, plain.get("peak_gb"))]
+        )
+    for what, name in (("peak_gb", "loss-memory"), ("seconds", "loss-time")):
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            points = [(r["vocabulary"], r[what]) for r in rows if r["variant"] == variant and what in r]
+            axes.loglog(*zip(*points), marker="o", label=variant)
+        axes.set_xlabel("vocabulary")
+        axes.set_ylabel({"peak_gb": "peak memory, GB", "seconds": "seconds for 2,048 tokens"}[what])
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(RESULTS / f"{name}.png", dpi=100)
+    header = ["vocabulary", "loss", "seconds", "over its products", "peak GB", "over plain cross-entropy"]
+    return table(header, lines) + "\n![memory](loss-memory.png) ![time](loss-time.png)\n"
+
+
+def steps(rows: List[Dict[str, Any]]) -> str:
+    """Speed and memory over upstream without distillation, of the same run."""
+    base = rows[0]
+    lines = [
+        [row["variant"], number(row["words_per_second"], 0), ratio(row["words_per_second"], base["words_per_second"])]
+        + [number(row["peak_gb"]), ratio(row["peak_gb"], base["peak_gb"])]
+        for row in rows
+    ]
+    return table(["training", "words per second", "over upstream", "peak GB", "over upstream"], lines)
+
+
+def queue_gate(rows: List[Dict[str, Any]]) -> str:
+    lines = [
+        [f"{row['queue']:,}", number(1e3 * row["push"], 3), number(1e3 * row["gate"], 3), f"{100 * row['share']:.2f} %"]
+        for row in rows
+    ]
+    return table(["queue, tokens", "push, ms", "gate, ms", "of a step"], lines)
+
+
+def main() -> None:
+    text = "# Measured by `make bench`\n"
+    titles = {
+        loss: "The loss alone",
+        steps: "Whole training runs",
+        queue_gate: "Gate and queue",
+    }
+    for section, title in titles.items():
+        path = RESULTS / f"{section.__name__}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        settings = ", ".join(f"{name} {value}" for name, value in {**result["machine"], **result["settings"]}.items())
+        text += f"\n## {title}\n\n{settings}\n\n{section(result['rows'])}"
+    (RESULTS / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
