@@ -8,12 +8,11 @@ One model (512 wide, 6 + 6 layers, vocabulary 8,000) and one batch; each way of 
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "adapter_tuning.json"
+from common import measure, save
+
 WIDTH, LAYERS, VOCABULARY, SENTENCES, LENGTH, STEPS = 512, 6, 8000, 32, 24, 6
 FLAGS = {
     "full fine-tuning": [],
@@ -23,24 +22,12 @@ FLAGS = {
 
 
 def main() -> None:
-    rows = {}
-    for name in FLAGS:
-        done = subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.PIPE, text=True)
-        rows[name] = json.loads(done.stdout.splitlines()[-1])
-    full = rows["full fine-tuning"]
-    print(f"{'':24} {'trained':>12} {'step':>9} {'ratio':>6} {'memory':>9} {'ratio':>6}")
-    for name, row in rows.items():
-        row["time_ratio"], row["memory_ratio"] = row["seconds"] / full["seconds"], row["bytes"] / full["bytes"]
-        print(
-            f"{name:24} {row['trained']:12,} {row['seconds']:7.3f} s {row['time_ratio']:6.2f}"
-            f" {row['bytes'] / 2**20:6.0f} MB {row['memory_ratio']:6.2f}"
-        )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    rows = [{"variant": name, **measure("adapter_tuning.py", name)} for name in FLAGS]
+    save("adapter_tuning", rows, width=WIDTH, layers=LAYERS, vocabulary=VOCABULARY, tokens=SENTENCES * LENGTH)
 
 
-def measure(sides) -> dict:
-    """Seconds and bytes of a training step with Adam: the median step, the peak beyond the loaded model."""
+def tune(sides) -> dict:
+    """A training step with Adam: the median time, and the peak of memory beyond the loaded model."""
     from argparse import Namespace
 
     import torch
@@ -86,12 +73,12 @@ def measure(sides) -> dict:
     return {
         "trained": sum(p.numel() for p in trained),
         "seconds": statistics.median(seconds[1:]),  # the first warms up
-        "bytes": peak * 1024,
+        "gb": peak * 1024 / 1e9,
     }
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(measure(FLAGS[sys.argv[1]])))
+        print(json.dumps(tune(FLAGS[sys.argv[1]])))
     else:
         main()

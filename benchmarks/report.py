@@ -71,12 +71,24 @@ def queue_gate(rows: List[Dict[str, Any]]) -> str:
     return table(["queue, tokens", "push, ms", "gate, ms", "of a step"], lines)
 
 
+def adapter_tuning(rows: List[Dict[str, Any]]) -> str:
+    """Time and memory of a step over full fine-tuning's, of the same run."""
+    base = rows[0]
+    lines = [
+        [row["variant"], f"{row['trained']:,}", number(row["seconds"], 3), ratio(row["seconds"], base["seconds"])]
+        + [number(row["gb"]), ratio(row["gb"], base["gb"])]
+        for row in rows
+    ]
+    return table(["tuning", "trained", "seconds a step", "over full", "GB beyond the model", "over full"], lines)
+
+
 def main() -> None:
     text = "# Measured by `make bench`\n"
     titles = {
         loss: "The loss alone",
         steps: "Whole training runs",
         queue_gate: "Gate and queue",
+        adapter_tuning: "Adapter tuning",
     }
     for section, title in titles.items():
         path = RESULTS / f"{section.__name__}.json"
