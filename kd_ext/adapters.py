@@ -7,7 +7,6 @@ a fingerprint of the base that the adapters were trained on, and goes into no ot
 import argparse
 import hashlib
 import os
-import pickle
 import re
 import tempfile
 from typing import Any, Dict, List, Optional, Sequence
@@ -20,6 +19,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.models.extension_flags import SIDES, activation_key
 from kd_ext.models.layers import is_dead
 from kd_ext.modules.adapter import adapter_of
+from kd_ext.reading import explained
 
 FORMAT = "kd_ext adapter 1"
 # per side: what all adapters of a side have in common, saved as text
@@ -215,11 +215,10 @@ def _use_our_architecture(path: str, settings: Any) -> None:
 def _read_checkpoint(path: str) -> Dict[str, Any]:
     """A checkpoint as fairseq wrote it, trusted as far as fairseq trusts it."""
     try:
-        state = torch.load(path, map_location="cpu")
+        with explained(path, "checkpoint of fairseq"):
+            state = torch.load(path, map_location="cpu")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a checkpoint that fairseq-train wrote") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: not a checkpoint of fairseq ({str(error).strip().splitlines()[0]})") from error
     if not isinstance(state, dict) or "model" not in state or not _settings(state):
         raise ConfigError(f"{path}: not a checkpoint of fairseq: it has no settings or no model")
     return state
@@ -227,11 +226,10 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
 
 def _read_adapter(path: str) -> Dict[str, Any]:
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        with explained(path, "file of adapters"):
+            file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one that export wrote") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: refused, not a file of tensors alone; name one that export wrote") from error
     if not isinstance(file, dict) or file.get("format") != FORMAT:
         raise ConfigError(f"{path}: not a file of adapters; name one that export wrote")
     return file

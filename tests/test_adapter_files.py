@@ -182,7 +182,7 @@ class Harmful:
 
 def test_a_file_with_code_is_refused(tmp_path, base, capsys):
     torch.save({"format": tool.FORMAT, "tensors": Harmful()}, tmp_path / "harmful")
-    with pytest.raises(ConfigError, match="refused, not a file of tensors alone"):
+    with pytest.raises(ConfigError, match=r"refused, it refers to .*print, which no file of adapters does"):
         tool.merge(base[0], [str(tmp_path / "harmful")], str(tmp_path / "out.pt"))
     assert "run!" not in capsys.readouterr().out
     assert isinstance(pickle.loads(pickle.dumps(Harmful())), type(None))  # it would have run

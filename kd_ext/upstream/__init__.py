@@ -6,7 +6,23 @@
 
 def apply() -> None:
     """Apply every touch that this environment needs; safe to call twice."""
-    from kd_ext.upstream import adapter_activation, checkpoints, fast_path, one_line_errors, resume, sanity_validation
+    from kd_ext.upstream import (
+        adapter_activation,
+        checkpoints,
+        damaged_checkpoints,
+        fast_path,
+        one_line_errors,
+        resume,
+        sanity_validation,
+    )
 
-    for touch in (adapter_activation, checkpoints, fast_path, one_line_errors, resume, sanity_validation):
+    for touch in (
+        adapter_activation,
+        checkpoints,
+        damaged_checkpoints,
+        fast_path,
+        one_line_errors,
+        resume,
+        sanity_validation,
+    ):
         touch.apply()

@@ -1,0 +1,107 @@
+"""Damaged and hostile files: an error of one line, or what was written, never anything else."""
+
+import random
+
+import pytest
+import torch
+from commands import PLUGIN, run
+from conftest import load
+from fairseq import checkpoint_utils
+from test_adapter_files import base, trained  # noqa: F401  fixtures
+
+from kd_ext import adapters
+from kd_ext.errors import ConfigError
+
+TRIALS = 20  # of each damage to each kind of file
+
+
+def flip(content, rng):
+    for _ in range(rng.randint(1, 9)):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return content
+
+
+def truncate(content, rng):
+    return content[: rng.randrange(len(content))]
+
+
+def swap(content, rng):
+    size = rng.randint(1, len(content) // 10)
+    first, second = sorted(rng.sample(range(0, len(content) - size, size), 2))
+    parts = content[first : first + size], content[second : second + size]
+    content[second : second + size], content[first : first + size] = parts
+    return content
+
+
+def same(first, second):
+    """Whether two things that were loaded are equal to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
+    return str(first) == str(second)
+
+
+def count_errors(path, read, damage):
+    """How many of the damaged copies are refused, in one line that names the file; the others must be the same."""
+    content, whole, refused = path.read_bytes(), read(path), []
+    for seed in range(TRIALS):
+        path.write_bytes(damage(bytearray(content), random.Random(seed)))
+        try:
+            found = read(path)
+        except ConfigError as error:
+            refused.append(str(error))
+        else:
+            assert same(found, whole)
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in refused)
+    return len(refused)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, swap])
+def test_damaged_checkpoints(student, tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(student.read_bytes())
+    read = lambda path: checkpoint_utils.load_checkpoint_to_cpu(str(path))  # noqa: E731
+    assert count_errors(path, read, damage) > TRIALS / 2
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, swap])
+def test_damaged_files_of_adapters(trained, tmp_path, damage):  # noqa: F811
+    path = tmp_path / "hi.adapter"
+    adapters.export(trained["hi"][0], "hi", str(path))
+    read = lambda path: adapters._read_adapter(str(path))  # noqa: E731
+    assert count_errors(path, read, damage) > TRIALS / 2
+
+
+def test_one_changed_bit_of_a_weight_is_seen(student, tmp_path):
+    content = bytearray(student.read_bytes())
+    weight = load(student)["model"]["decoder.layers.0.fc1.weight"].numpy().tobytes()
+    content[content.index(weight)] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    torch.load(tmp_path / "checkpoint.pt", map_location="cpu")  # torch by itself sees nothing
+    with pytest.raises(ConfigError, match=r"damaged, .* is not as it was written"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint.pt"))
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run!",))
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "add_safe_globals"), reason="torch < 2.6 loads anything")
+def test_generate_refuses_code_in_one_line(student, data, tmp_path):
+    torch.save({**load(student), "extra_state": Harmful()}, tmp_path / "harmful.pt")
+    flags = [data, *PLUGIN, "--path", tmp_path / "harmful.pt", "--cpu"]
+    result = run(tmp_path / "log", "fairseq-generate", *flags)
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/harmful.pt: refused, it refers to ")
+    assert "print, which no checkpoint of fairseq does" in result.last_line
+    assert "Traceback" not in result.output
+    assert "run!" not in result.output
+
+
+def test_resuming_from_a_damaged_checkpoint_is_an_error(train, tmp_path):
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"half of a checkpoint")
+    result = train(tmp_path, "--criterion", "label_smoothed_cross_entropy", "--max-update", "2")
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/checkpoint_last.pt: damaged, cut short, or not a")
