@@ -85,9 +85,9 @@ def main() -> None:
         distil = [*DISTIL, "--teacher-checkpoint-path", teacher]
         variants = {
             "upstream": UPSTREAM,
-            "lean without distillation": [*DISTIL, "--alpha", "0"],
             "plain distillation": distil,
             "lean distillation": distil,
+            "lean without distillation": [*DISTIL, "--alpha", "0"],
             "lean distillation of half of the tokens": [
                 *distil,
                 *["--kd-strategy", "global_level", "--kd-rate", 0.5, "--kd-queue-size", 100_000],
@@ -98,7 +98,7 @@ def main() -> None:
             flags = [*training(folder, "student", UPDATES), *flags, "--no-save"]
             rows.append({"variant": variant, **measure("steps.py", variant, *flags)})
             print(rows[-1], flush=True)
-        save("steps", rows, vocabulary=VOCABULARY, shape=SHAPE, max_tokens=2048, updates=UPDATES)
+            save("steps", rows, vocabulary=VOCABULARY, shape=SHAPE, max_tokens=2048, updates=UPDATES)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ import pytest
 import torch
 from commands import ENVIRONMENT, script
 from conftest import KD, SIZES, TRAINING, load, strategy_flags
+from test_chunked_loss import leaves, make, plain
+
+from kd_ext.modules.chunked_logits import LinearLogits
+from kd_ext.modules.chunked_loss import Weights, chunked_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +62,23 @@ def test_skipped_updates_push_nothing(data, teacher, tmp_path, precision):
     tokens = sum(float(x) for x in re.findall(r"train_inner .*? wpb=([\d.]+)", output))
     queue = load(tmp_path / "checkpoint_last.pt")["task_state"]["kd"]["queues"]["all"]
     assert queue.numel() == pytest.approx(tokens, abs=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_by_chunks_in_half_precision(dtype):
+    """Products of half-precision tensors into float32; float16 gradients use the range of that dtype."""
+    weights = Weights(0.5, 0.5, 0.1, 1.0)
+    student, target, selected, teachers = make(torch.float32, n=600)
+    to_device = lambda logits: type(logits)(*(x.detach().to("cuda", dtype) for x in logits if x is not None))  # noqa: E731
+    half = LinearLogits(*(x.requires_grad_() for x in to_device(student)))
+    half_teachers = [to_device(teacher) for teacher in teachers]
+    full = LinearLogits(*(x.detach().float().requires_grad_() for x in half))
+    full_teachers = [type(teacher)(*(x.float() for x in teacher if x is not None)) for teacher in half_teachers]
+    target, selected = target.cuda(), selected.cuda()
+    expected, *_ = plain(full, target, selected, full_teachers, weights)
+    result = chunked_loss(half, target, selected, half_teachers, weights, rows=64)
+    torch.testing.assert_close(result.loss, expected, rtol=1e-4, atol=1e-4)
+    references = torch.autograd.grad(expected, leaves(full))
+    for gradient, reference in zip(torch.autograd.grad(result.loss, leaves(half)), references):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.float(), reference, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
