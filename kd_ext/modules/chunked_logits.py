@@ -11,10 +11,10 @@ from torch.nn import functional as F
 CHUNK_ROWS = 256
 # Words times tokens in a chunk on an accelerator
 CHUNK_ELEMENTS = 2**25
-# What one thread of a CPU works on at a time, so that after the first operation the rest find it in its cache:
-# measured, element-wise operations then take a fifth of the time. On a machine whose processors are busy with other
-# processes it is the other way round, since the threads meet after every block.
-BLOCK_ELEMENTS = 2**16
+# What one thread of a CPU works on at a time, so that after the first operation the rest find it in its cache. With
+# two idle cores and 32k words, 2**16 to 2**18 are alike, and a whole chunk at once takes 5 % longer. The threads meet
+# after every block, which costs far more where other processes keep the cores busy: hence the largest of the three.
+BLOCK_ELEMENTS = 2**18
 
 
 class LinearLogits(NamedTuple):
