@@ -3,26 +3,20 @@
 ``early`` comes before ``import fairseq`` and is also run by ``kd_ext_startup``; the rest comes with the plugin.
 """
 
+from importlib import import_module
+
+TOUCHES = (
+    "adapter_activation",
+    "checkpoints",
+    "damaged_checkpoints",
+    "fast_path",
+    "one_line_errors",
+    "resume",
+    "sanity_validation",
+)
+
 
 def apply() -> None:
     """Apply every touch that this environment needs; safe to call twice."""
-    from kd_ext.upstream import (
-        adapter_activation,
-        checkpoints,
-        damaged_checkpoints,
-        fast_path,
-        one_line_errors,
-        resume,
-        sanity_validation,
-    )
-
-    for touch in (
-        adapter_activation,
-        checkpoints,
-        damaged_checkpoints,
-        fast_path,
-        one_line_errors,
-        resume,
-        sanity_validation,
-    ):
-        touch.apply()
+    for name in TOUCHES:  # imported here, as most of them import fairseq
+        import_module(f"kd_ext.upstream.{name}").apply()
