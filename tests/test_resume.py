@@ -44,7 +44,8 @@ def test_stopped_and_resumed(distil, tmp_path, strategy):
 
 @pytest.mark.parametrize("strategy", ["global_level", "global_language_wise"])
 def test_killed_in_mid_epoch(distil, data, teacher, tmp_path, strategy):
-    flags = ["--dropout", "0.1", "--save-interval-updates", "5", "--max-update", "40", "--seed", "3"]
+    # 16 updates an epoch; saved after the 20th and at the end, so that the kill never comes while a file is written
+    flags = ["--dropout", "0.1", "--save-interval-updates", "20", "--save-interval", "99", "--max-update", "39"]
     assert distil(tmp_path / "whole", *flags, strategy=strategy).returncode == 0
     save_dir = tmp_path / "killed"
     save_dir.mkdir()
