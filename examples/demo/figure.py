@@ -22,14 +22,13 @@ def draw(results: Dict[str, Dict[str, Any]], path: Path, language: str) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, key, title in zip(panels, ("all", language), ("all languages", f"{language} to en")):
         for name, result in results.items():
-            if key not in result["scores"]:
-                continue
-            point = result["parameters"] / 1e6, result["scores"][key]["chrf"]
-            panel.plot(*point, "o")
-            panel.annotate(name, point, xytext=(6, 4), textcoords="offset points")
-        panel.set(title=title, xlabel="parameters (millions)", ylabel="chrF", xscale="log")
-        panel.margins(x=0.3, y=0.15)  # room for the names
+            # every model is in the legend, with the same colour in both panels
+            scores = result["scores"].get(key, {"chrf": float("nan")})
+            panel.plot(result["parameters"] / 1e6, scores["chrf"], "o", label=name)
+        panel.set(title=title, xlabel="parameters (millions)", ylabel="chrF")
+        panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
+    panels[0].legend(loc="lower right")
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png", dpi=100)
     temporary.replace(path)
