@@ -1,15 +1,11 @@
 """From ``--teacher-checkpoint-path`` to a :class:`~kd_ext.modules.teacher.Teacher`."""
 
-import ast
-import contextlib
 import inspect
 import logging
 import os
-import random
 from argparse import Namespace
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
-import numpy as np
 import torch
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.data import Dictionary
@@ -20,7 +16,9 @@ from omegaconf import open_dict
 
 from kd_ext.errors import ConfigError
 from kd_ext.models.output_projection import NoProjectionError, find_projection
+from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
+from kd_ext.overrides import parse_overrides
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +45,10 @@ def load_teacher(checkpoint_path: Optional[str], overrides: str, user_dir: Optio
             f"{FLAG} is missing: --kd-strategy {student_task.cfg.kd_strategy} distils a teacher; "
             "name its checkpoint, or train without one by --kd-strategy word_seq_level --alpha 0"
         )
-    settings = _parse_overrides(overrides)
+    settings = parse_overrides("--teacher-model-overrides", overrides)
     if user_dir is not None:
         _import_user_dir(user_dir)
-    with _random_state_kept():
+    with random_state_kept():  # building a model draws its initial weights
         models = [_load_one(path, settings, student_task) for path in utils.split_paths(checkpoint_path)]
     return Teacher(models, [_find_projection(model) for model in models])
 
@@ -63,18 +61,6 @@ def _find_projection(model: torch.nn.Module) -> Optional[Projection]:
         return None
 
 
-def _parse_overrides(overrides: str) -> Dict[str, Any]:
-    try:
-        settings = ast.literal_eval(overrides)
-    except (ValueError, SyntaxError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise ConfigError(
-            f"--teacher-model-overrides {overrides}: not a dictionary; write it as \"{{'data': 'folder'}}\""
-        )
-    return settings
-
-
 def _import_user_dir(user_dir: str) -> None:
     try:
         utils.import_user_module(Namespace(user_dir=user_dir))
@@ -82,16 +68,6 @@ def _import_user_dir(user_dir: str) -> None:
         raise ConfigError(
             f"--teacher-user-dir {user_dir}: no such folder; name the one with the teacher's __init__.py"
         ) from None
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Building a model draws its initial weights: put the generators of the CPU back, where it is built."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
 
 
 def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.nn.Module:

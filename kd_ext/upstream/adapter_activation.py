@@ -1,6 +1,5 @@
 """``--activate-encoder-adapter`` and ``--activate-decoder-adapter`` for generation and validation."""
 
-import ast
 import functools
 
 from fairseq import checkpoint_utils, options
@@ -8,6 +7,7 @@ from fairseq.dataclass.configs import CommonEvalConfig
 from fairseq.models import FairseqEncoderDecoderModel
 
 from kd_ext.errors import ConfigError
+from kd_ext.overrides import parse_overrides
 
 
 def apply() -> None:
@@ -68,13 +68,7 @@ def _fold(args) -> None:
     asked = {key: getattr(args, key) for key in _settings()[0] if getattr(args, key, None) is not None}
     if not asked:
         return
-    overrides = getattr(args, "model_overrides", "{}")
-    try:
-        settings = ast.literal_eval(overrides)
-    except (ValueError, SyntaxError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"--model-overrides {overrides}: not a dictionary; write it as \"{{'name': 'value'}}\"")
+    settings = parse_overrides("--model-overrides", getattr(args, "model_overrides", "{}"))
     args.model_overrides = str({**settings, **asked})
 
 

@@ -4,13 +4,12 @@ import contextlib
 import copy
 import functools
 import logging
-import random
 
-import numpy as np
-import torch
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.logging import progress_bar
+
+from kd_ext.modules.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -60,25 +59,11 @@ def _validate(trainer, epoch_itr) -> None:
     dummy_batch, max_steps = trainer._dummy_batch, dataset.max_valid_steps
     dataset.max_valid_steps = None
     try:
-        with _random_state_kept(), _reported_as_sanity():
+        with random_state_kept(), _reported_as_sanity():
             validate(trainer.cfg, trainer, trainer.task, epoch_itr, dataset.valid_subset.split(","))
     finally:
         # a validation batch in place of a training batch would change what a worker without data draws
         trainer._dummy_batch, dataset.max_valid_steps = dummy_batch, max_steps
-
-
-@contextlib.contextmanager
-def _random_state_kept():
-    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextlib.contextmanager
