@@ -110,7 +110,7 @@ class Run:
         self.student = self.student_kind()
         self.teachers = [self.teacher_kind() for _ in range(teachers)]
         projections = [find_projection(x) if isinstance(x, GivenFeatures) else None for x in self.teachers]
-        self.task.load_teacher = lambda: Teacher(self.teachers, projections)
+        self.task.load_teacher = lambda temperature: Teacher(self.teachers, projections)
         self.criterion = LabelSmoothedCrossEntropyWithKD(
             self.task, False, eps, ignore_prefix_size=prefix, report_accuracy=True, **flags
         )

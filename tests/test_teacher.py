@@ -35,7 +35,7 @@ def net_input(task):
 
 def probs(task, path, **settings):
     loaded = load_teacher(str(path), settings.get("overrides", "{}"), None, task)
-    return loaded.probs(net_input(task), torch.ones(2, 4, dtype=torch.bool))
+    return loaded.probs({"net_input": net_input(task)}, torch.ones(2, 4, dtype=torch.bool))
 
 
 def upstream_probs(task, path):

@@ -51,14 +51,14 @@ class _Batch(NamedTuple):
     """The real tokens of a batch, ``n`` of them: no padding, none of the ignored prefix.
 
     Attributes:
-        net_input: the arguments of the models' forward
+        sample: what they are of; its ``net_input`` are the arguments of the models' forward
         real: where they are, shape ``(B, T)``, bool
         target: shape ``(n,)``, int64
         language: the pool of each one's sentence, shape ``(n,)``, int64
         is_dummy: the batch is another worker's
     """
 
-    net_input: Dict
+    sample: Dict
     real: torch.Tensor
     target: torch.Tensor
     language: torch.Tensor
@@ -122,7 +122,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
             gather=partial(all_gather_concat, group=_data_parallel_group()),
         )
         self.golden_weight, self.distilled_weight = self.selector.weights(alpha)
-        self.teacher = task.load_teacher() if self.distilled_weight > 0 else None
+        self.teacher = task.load_teacher(kd_temperature) if self.distilled_weight > 0 else None
         task.selector = self.selector
         self._projection = _UNKNOWN  # the student's, None where it has none: it is found in the first batch
         logger.info(
@@ -151,7 +151,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if self.distilled_weight > 0:
             if self.teacher is None:
                 raise RuntimeError("a model that was loaded to be used cannot be trained: its teacher was not loaded")
-            self.teacher.place_like(model)
+            parameter = next(model.parameters())
+            self.teacher.place(parameter.device, parameter.dtype)
         batch = self._batch(sample)
         terms = self._plain_terms(model, batch) if self._projection is None else self._lean_terms(model, batch)
 
@@ -176,11 +177,11 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
 
     def _plain_terms(self, model, batch: "_Batch") -> "_Terms":
         """The loss as it is defined: all log-probabilities at once."""
-        net_output = model(**batch.net_input)
+        net_output = model(**batch.sample["net_input"])
         log_probs = model.get_normalized_probs(net_output, log_probs=True)[batch.real].float()  # n x V
         smoothed, nll = label_smoothed_nll(log_probs, batch.target, self.eps)
         selection = self._select(nll.detach(), batch)
-        teacher_probs = self.teacher.probs(batch.net_input, batch.positions(selection), self.temperature)
+        teacher_probs = self.teacher.probs(batch.sample, batch.positions(selection), self.temperature)
         distilled = distillation_term(log_probs[selection.mask], teacher_probs, self.temperature)
         loss = self.distilled_weight * distilled.cross_entropy.sum()
         if self.golden_weight > 0:
@@ -190,18 +191,18 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
 
     def _lean_terms(self, model, batch: "_Batch") -> "_Terms":
         """The same from the features, by chunks of tokens."""
-        features, _ = model(**batch.net_input, features_only=True)
+        features, _ = model(**batch.sample["net_input"], features_only=True)
         student = self._projection(features[batch.real])  # n x d
         if self.distilled_weight > 0:
             # only gates need to know the losses before the tokens are selected
             gated = self.selector.needs_rate
             nll = chunked_nll(student, batch.target) if gated else batch.target.new_zeros(len(batch.target)).float()
             selection = self._select(nll, batch)
-            teachers = self.teacher.logits(batch.net_input, batch.positions(selection))
+            teacher = self.teacher.output(batch.sample, batch.positions(selection))
         else:
-            selection, teachers = Selection(torch.zeros_like(batch.target, dtype=torch.bool), torch.empty(0)), []
+            selection, teacher = Selection(torch.zeros_like(batch.target, dtype=torch.bool), torch.empty(0)), []
         weights = Weights(self.golden_weight, self.distilled_weight, self.eps, self.temperature)
-        loss = chunked_loss(student, batch.target, selection.mask, teachers, weights)
+        loss = chunked_loss(student, batch.target, selection.mask, teacher, weights)
         return _Terms(*loss, selection)
 
     def _batch(self, sample) -> "_Batch":
@@ -213,7 +214,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
             sentences = self.languages.of_sentences(sample["net_input"]["src_tokens"])  # B
             language = sentences.unsqueeze(1).expand_as(real)[real]
         is_dummy = sample.get("is_dummy", False)
-        return _Batch(sample["net_input"], real, sample["target"][real], language, is_dummy)
+        return _Batch(sample, real, sample["target"][real], language, is_dummy)
 
     def _select(self, nll, batch: "_Batch") -> Selection:
         if not batch.is_dummy:

@@ -147,6 +147,14 @@ class TeacherBlock(NamedTuple):
     entropy: Tensor
     scratch: Tensor
 
+    def expectation(self, values: Tensor) -> Tensor:
+        """Of `values`, shape ``(rows, V)``, under the probabilities: shape ``(rows,)``. Uses the scratch."""
+        return torch.mul(values, self.probs, out=self.scratch).sum(1)
+
+    def subtract_from(self, values: Tensor, factor: float) -> None:
+        """``values -= factor * probs``"""
+        values.sub_(self.probs, alpha=factor)
+
 
 class TeacherChunks:
     """Probabilities of one teacher, or their mean over several, a chunk and then a block at a time.
@@ -154,7 +162,12 @@ class TeacherChunks:
     Args:
         teachers: each of the same m tokens
         temperature: T of the softmax
+
+    Attributes:
+        share: what all words of a token have in common: nothing is known to be
     """
+
+    share: Optional[Tensor] = None
 
     def __init__(self, teachers: Sequence[TeacherLogits], temperature: float) -> None:
         self._sources = [LogitChunks(teacher) for teacher in teachers]
@@ -176,6 +189,15 @@ class TeacherChunks:
             else:
                 parts.append(logits.clone())
         self._chunk = parts[0].div_(len(self._sources))
+
+    def probs(self, start: int, stop: int) -> Tensor:
+        """The probabilities of the tokens from `start` to `stop`, shape ``(stop - start, V)``, until the next call."""
+        self.load(start, stop)
+        assert self._chunk is not None
+        if len(self._sources) == 1:
+            for block in blocks(self._chunk):
+                self._softmax(self._chunk[block], out=self._chunk[block])
+        return self._chunk
 
     def block(self, rows: slice, scratch: Tensor) -> TeacherBlock:
         """Some rows of the chunk, once each: its memory is used.

@@ -8,7 +8,7 @@ the gradient that comes in.
 """
 
 from math import ceil, log2
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from kd_ext.modules.chunked_logits import (
     chunk_rows,
     spans,
 )
+from kd_ext.modules.top_probs import ListedChunks, TopProbs
+
+# What is known of the teacher at m tokens: the logits of each model, or the words that were found most probable
+TeacherOutput = Union[Sequence[TeacherLogits], TopProbs]
 
 
 class Weights(NamedTuple):
@@ -65,7 +69,7 @@ def chunked_loss(
     student: LinearLogits,
     target: Tensor,
     selected: Tensor,
-    teachers: Sequence[TeacherLogits],
+    teacher: TeacherOutput,
     weights: Weights,
     rows: Optional[int] = None,
 ) -> ChunkedLoss:
@@ -78,7 +82,8 @@ def chunked_loss(
         student: of n tokens; gradients go to its features, weight and bias as far as they require them
         target: shape ``(n,)``, int64
         selected: which tokens are distilled: shape ``(n,)``, bool, m true
-        teachers: each of the m selected tokens, in their order; their probabilities are averaged
+        teacher: of the m selected tokens, in their order; probabilities of several models are averaged, and those that
+            are listed are at the temperature already
         weights: of the terms
         rows: tokens in a chunk; None: as measured to be fast
     """
@@ -88,7 +93,7 @@ def chunked_loss(
     if is_mixed:  # the selected tokens first: the chunks after them need no teacher
         order = torch.cat([selected.nonzero(), (~selected).nonzero()]).squeeze(1)
         features, target = features[order], target[order]
-    out = _ChunkedLoss.apply(features, weight, bias, target, count, list(teachers), weights, rows or chunk_rows(weight))
+    out = _ChunkedLoss.apply(features, weight, bias, target, count, teacher, weights, rows or chunk_rows(weight))
     loss, nll, cross_entropy, kl, correct = out
     if is_mixed:
         nll, correct = (torch.empty_like(x).index_copy_(0, order, x) for x in (nll, correct))
@@ -140,13 +145,13 @@ class _ChunkedLoss(torch.autograd.Function):
         bias: Optional[Tensor],
         target: Tensor,
         count: int,
-        teachers: List[TeacherLogits],
+        teacher: TeacherOutput,
         weights: Weights,
         rows: int,
     ) -> Tuple[Tensor, ...]:
         student = LinearLogits(features, weight, bias)
         with torch.autocast(target.device.type, enabled=False):
-            run = _ForwardPass(student, target, teachers, weights, ctx.needs_input_grad[:3])
+            run = _ForwardPass(student, target, teacher, weights, ctx.needs_input_grad[:3])
             for start, stop in spans(0, count, rows):
                 run.chunk(start, stop, is_distilled=True)
             for start, stop in spans(count, target.numel(), rows):
@@ -172,13 +177,17 @@ class _ForwardPass:
         self,
         student: LinearLogits,
         target: Tensor,
-        teachers: Sequence[TeacherLogits],
+        teacher: TeacherOutput,
         weights: Weights,
         needs_gradient: Sequence[bool],
     ) -> None:
         self._student = LogitChunks(student)
         self._product = self._student.product
-        self._teachers = TeacherChunks(teachers, weights.temperature)
+        self._teacher: Union[ListedChunks, TeacherChunks]
+        if isinstance(teacher, TopProbs):
+            self._teacher = ListedChunks(teacher.to(target.device, self._product.dtype))
+        else:
+            self._teacher = TeacherChunks(teacher, weights.temperature)
         self._target, self._weights, self._bias = target, weights, student.bias
         dtype, n = self._product.dtype, target.numel()
         vectors = target.new_empty(6, n, dtype=dtype)
@@ -206,7 +215,7 @@ class _ForwardPass:
         logits = self._student.rows(start, stop)
         self._at_target[start:stop] = logits.gather(1, self._target[start:stop].unsqueeze(1)).squeeze(1)
         if is_distilled:
-            self._teachers.load(start, stop)
+            self._teacher.load(start, stop)
         for block in blocks(logits):
             at = slice(start + block.start, start + block.stop)
             if is_distilled:
@@ -228,18 +237,18 @@ class _ForwardPass:
         factor = self._weights.distilled * temperature  # T^2 of the term, 1 / T of the softmax
         if self._scratch is None or self._scratch.size(0) < z.size(0):
             self._scratch = torch.empty_like(z)
-        probs, self._entropy[at], scratch = self._teachers.block(block, self._scratch[: z.size(0)])
+        teacher = self._teacher.block(block, self._scratch[: z.size(0)])
         z.sub_(torch.amax(z, 1, out=self._top[at]).unsqueeze(1))
-        torch.sum(torch.mul(z, probs, out=scratch), 1, out=self._inner[at])
+        self._entropy[at], self._inner[at] = teacher.entropy, teacher.expectation(z)
         if temperature == 1:
             total = torch.sum(z.exp_(), 1, out=self._total[at])
             z.mul_(((golden + factor) / total).unsqueeze(1))
         else:
-            at_t = torch.div(z, temperature, out=scratch).exp_()
+            at_t = torch.div(z, temperature, out=teacher.scratch).exp_()
             total_at_t = torch.sum(at_t, 1, out=self._total_at_t[at])
             total = torch.sum(z.exp_(), 1, out=self._total[at])
             z.mul_((golden / total).unsqueeze(1)).add_(at_t.mul_((factor / total_at_t).unsqueeze(1)))
-        z.sub_(probs, alpha=factor)
+        teacher.subtract_from(z, factor)
 
     def _multiply_back(self, gradient: Tensor, start: int, stop: int) -> None:
         """From the gradient of a chunk's logits, shape ``(rows, V)``, to those of features, weight and bias."""
@@ -261,31 +270,35 @@ class _ForwardPass:
     def finish(self, count: int) -> ChunkedLoss:
         """The loss and its metrics from what the chunks left; the first `count` tokens are distilled.
 
-        What the floor of the label-smoothed target adds to loss and gradients is added here: it is the same for
-        all words, and takes sums of logits that the sums of features and weights give.
+        What all words of a token have in common in its targets (the floor of the label-smoothed one, the share that
+        an unlisted word has of the teacher's) is added to loss and gradients here: it takes sums over all words,
+        which the sums of features and weights give.
         """
         golden, distilled, _, temperature = self._weights
         features, weight, dtype = self._student.features, self._student.weight, self._product.dtype
+        vocabulary, sum_of_weights = weight.size(0), weight.sum(0, dtype=dtype)
+        over_words = torch.mv(features.to(dtype), sum_of_weights)  # of each token, its logits' sum
+        if self._bias is not None:
+            over_words += self._bias.sum(dtype=dtype)
+        over_words -= vocabulary * self._top
+        common = torch.full_like(over_words, golden * self._floor)  # the target that all words have, times its weight
+        if self._teacher.share is not None:
+            self._inner[:count] += self._teacher.share * over_words[:count]
+            common[:count] += distilled * temperature * self._teacher.share
+
         log_total = self._total.log()
         nll = log_total - (self._at_target - self._top)
+        smoothed = self._peak * nll + self._floor * (vocabulary * log_total - over_words)
         log_total_at_t = log_total if temperature == 1 else self._total_at_t.log()
         cross_entropy = temperature**2 * (log_total_at_t - self._inner / temperature)[:count]
         kl = cross_entropy - temperature**2 * self._entropy[:count]
-        loss = distilled * cross_entropy.sum() + golden * self._peak * nll.sum()
+        loss = distilled * cross_entropy.sum() + golden * smoothed.sum()
+
         of_features, of_weight, of_bias = self.gradients
-        if of_features is not None and self._scale != 1:
-            of_features.div_(self._scale)
-        floor = golden * self._floor
-        if floor > 0:
-            sum_of_weights, sum_of_features = weight.sum(0, dtype=dtype), features.sum(0, dtype=dtype)
-            sum_of_logits = torch.dot(sum_of_features, sum_of_weights)
-            if self._bias is not None:
-                sum_of_logits += features.size(0) * self._bias.sum(dtype=dtype)
-            loss = loss + floor * (weight.size(0) * (log_total + self._top).sum() - sum_of_logits)
-            if of_features is not None:
-                of_features.sub_(sum_of_weights, alpha=floor)
-            if of_weight is not None:
-                of_weight.sub_(sum_of_features, alpha=floor)
-            if of_bias is not None:
-                of_bias.sub_(floor * features.size(0))
+        if of_features is not None:
+            of_features.div_(self._scale).addr_(common, sum_of_weights, alpha=-1)
+        if of_weight is not None:
+            of_weight.sub_(torch.mv(features.to(dtype).t(), common))
+        if of_bias is not None:
+            of_bias.sub_(common.sum())
         return ChunkedLoss(loss, nll, cross_entropy, kl, self._at_target >= self._top)

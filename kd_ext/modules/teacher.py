@@ -34,22 +34,21 @@ class Teacher:
         self._projections = projections or [None] * len(self.models)
         self._placed = False
 
-    def place_like(self, student: nn.Module) -> None:
-        """Move the weights to the student's device and dtype; a no-op when they are there."""
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the weights to a device and a dtype; a no-op when they are there."""
         if self._placed:
             return
-        parameter = next(student.parameters())
         for model in self.models:
-            model.to(device=parameter.device, dtype=parameter.dtype)
-        logger.info("teacher placed on %s as %s", parameter.device, parameter.dtype)
+            model.to(device=device, dtype=dtype)
+        logger.info("teacher placed on %s as %s", device, dtype)
         self._placed = True
 
     @torch.inference_mode()
-    def logits(self, net_input: Dict[str, Any], rows: Tensor) -> List[TeacherLogits]:
+    def output(self, sample: Dict[str, Any], rows: Tensor) -> List[TeacherLogits]:
         """The logits of each model at the chosen target positions.
 
         Args:
-            net_input: the arguments of the models' forward
+            sample: a batch; its ``net_input`` are the arguments of the models' forward
             rows: the positions, shape ``(B, T)``, bool, with n true
 
         Returns:
@@ -58,17 +57,17 @@ class Teacher:
         logits: List[TeacherLogits] = []
         for model, projection in zip(self.models, self._projections):
             if projection is not None:
-                logits.append(projection(model(**net_input, features_only=True)[0][rows]))
+                logits.append(projection(model(**sample["net_input"], features_only=True)[0][rows]))
             else:
-                log_probs = model.get_normalized_probs(model(**net_input), log_probs=True)
+                log_probs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
                 logits.append(GivenLogits(log_probs[rows]))
         return logits
 
-    def probs(self, net_input: Dict[str, Any], rows: Tensor, temperature: float = 1.0) -> Tensor:
+    def probs(self, sample: Dict[str, Any], rows: Tensor, temperature: float = 1.0) -> Tensor:
         """The probabilities of every word at the chosen target positions, averaged over the ensemble.
 
         Args:
-            net_input: the arguments of the models' forward
+            sample: a batch; its ``net_input`` are the arguments of the models' forward
             rows: the positions, shape ``(B, T)``, bool, with n true
             temperature: T of the softmax
 
@@ -76,7 +75,7 @@ class Teacher:
             shape ``(n, V)``, float32, without gradient
         """
         total = None
-        for logits in self.logits(net_input, rows):
+        for logits in self.output(sample, rows):
             with torch.inference_mode():
                 scaled = logits.logits().float() / temperature
             # outside of inference mode: what autograd is to keep must be an ordinary tensor

@@ -15,6 +15,7 @@ from fairseq.tasks import TASK_REGISTRY
 from omegaconf import open_dict
 
 from kd_ext.errors import ConfigError
+from kd_ext.fingerprint import model_fingerprint
 from kd_ext.models.output_projection import NoProjectionError, find_projection
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
@@ -51,6 +52,19 @@ def load_teacher(checkpoint_path: Optional[str], overrides: str, user_dir: Optio
     with random_state_kept():  # building a model draws its initial weights
         models = [_load_one(path, settings, student_task) for path in utils.split_paths(checkpoint_path)]
     return Teacher(models, [_find_projection(model) for model in models])
+
+
+def identify_teacher(checkpoint_path: str, overrides: str) -> str:
+    """What tells a teacher from others: the weights of its models, and what of their settings is overridden.
+
+    Raises:
+        ConfigError: with the flag to blame
+    """
+    settings = parse_overrides("--teacher-model-overrides", overrides)
+    paths = utils.split_paths(checkpoint_path)
+    weights = [model_fingerprint(_read_checkpoint(path, settings)["model"]) for path in paths]
+    settings.pop("data", None)  # where dictionaries are, which are compared
+    return ":".join(weights) + (f" with {settings}" if settings else "")
 
 
 def _find_projection(model: torch.nn.Module) -> Optional[Projection]:

@@ -2,8 +2,10 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from functools import partial
+from typing import Any, Dict, Optional, Union
 
+from fairseq import utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
@@ -11,7 +13,8 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from kd_ext.errors import ConfigError
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.tasks.load_teacher import load_teacher
+from kd_ext.tasks.cached_teacher import CachedTeacher, TeacherSource
+from kd_ext.tasks.load_teacher import identify_teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,14 @@ class TranslationWithKDConfig(TranslationConfig):
             "'__tgt__' for one-to-many models"
         },
     )
+    teacher_cache_dir: Optional[str] = field(
+        default=None,
+        metadata={"help": "folder of what the teacher said of each training sentence: it is asked once"},
+    )
+    teacher_cache_top_k: Optional[int] = field(
+        default=None,
+        metadata={"help": "how many of the most probable words are kept of each token; 32 for a new cache"},
+    )
 
 
 @register_task("translation_with_kd", dataclass=TranslationWithKDConfig)
@@ -63,11 +74,16 @@ class TranslationWithKDTask(TranslationTask):
         super().__init__(cfg, src_dict, tgt_dict)
         self.selector: Optional[TokenSelector] = None
         self._builds_student = False
+        self._cached_teacher: Optional[CachedTeacher] = None
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
         if cfg.kd_strategy not in STRATEGIES:
             raise ConfigError(f"--kd-strategy {cfg.kd_strategy}: unknown; one of {', '.join(STRATEGIES)}")
+        if cfg.teacher_cache_top_k is not None and not cfg.teacher_cache_dir:
+            raise ConfigError(
+                f"--teacher-cache-top-k {cfg.teacher_cache_top_k}: there is no cache; name a --teacher-cache-dir"
+            )
         return super().setup_task(cfg, **kwargs)
 
     def build_model(self, cfg, from_checkpoint=False):
@@ -76,23 +92,43 @@ class TranslationWithKDTask(TranslationTask):
         return super().build_model(cfg, from_checkpoint)
 
     def build_criterion(self, cfg):
-        if self.cfg.teacher_checkpoint_path and cfg._name != CRITERION:
-            raise ConfigError(
-                f"--teacher-checkpoint-path {self.cfg.teacher_checkpoint_path}: --criterion {cfg._name} "
-                f"has no use for a teacher; use --criterion {CRITERION}"
-            )
+        for name in ("teacher_checkpoint_path", "teacher_cache_dir"):
+            if self.cfg[name] and cfg._name != CRITERION:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {self.cfg[name]}: --criterion {cfg._name} "
+                    f"has no use for a teacher; use --criterion {CRITERION}"
+                )
         return super().build_criterion(cfg)
 
-    def load_teacher(self) -> Optional[Teacher]:
+    def load_teacher(self, temperature: float) -> Union[Teacher, CachedTeacher, None]:
         """Load what ``--teacher-checkpoint-path`` names; None if there is no training to come."""
         if not self._builds_student:
             return None
+        return self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._load_teacher()
+
+    def open_cache(self, temperature: float) -> CachedTeacher:
+        """The cache in ``--teacher-cache-dir``. Its teacher is loaded together with the training set, if need be."""
+        path = self.cfg.teacher_checkpoint_path
+        identify = partial(identify_teacher, path, self.cfg.teacher_model_overrides)
+        source = TeacherSource(path, identify, self._load_teacher)
+        folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
+        self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self)
+        return self._cached_teacher
+
+    def _load_teacher(self) -> Teacher:
         return load_teacher(
             self.cfg.teacher_checkpoint_path,
             overrides=self.cfg.teacher_model_overrides,
             user_dir=self.cfg.teacher_user_dir,
             student_task=self,
         )
+
+    def get_batch_iterator(self, dataset, max_tokens=None, max_sentences=None, max_positions=None, **kwargs):
+        if self._cached_teacher is not None and dataset is self.datasets.get(self.cfg.train_subset):
+            shards = len(utils.split_paths(self.cfg.data))
+            shard = "" if shards == 1 else str((kwargs.get("epoch", 1) - 1) % shards)
+            self._cached_teacher.prepare(dataset, max_positions, shard)
+        return super().get_batch_iterator(dataset, max_tokens, max_sentences, max_positions, **kwargs)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         if ignore_grad:  # a worker whose shard has run out repeats a batch of others

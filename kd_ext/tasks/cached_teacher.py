@@ -1,0 +1,235 @@
+"""A teacher whose answers are kept: what it once said of a sentence is read from files, and it may be gone."""
+
+import hashlib
+import logging
+import os
+import zlib
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_ext.errors import ConfigError
+from kd_ext.modules.cache_files import FLAG, CacheFiles, Listed, create, read_manifest
+from kd_ext.modules.teacher import Teacher
+from kd_ext.modules.top_probs import TopProbs, top_probs
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "kd_ext teacher cache 1"
+DEFAULT_TOP_K = 32
+
+
+class TeacherSource(NamedTuple):
+    """Where the teacher comes from, should it be needed.
+
+    Attributes:
+        path: as it was given; None if it was not
+        identify: what tells it from other teachers
+        load: reads it
+    """
+
+    path: Optional[str]
+    identify: Callable[[], str]
+    load: Callable[[], Teacher]
+
+
+class CachedTeacher:
+    """The K most probable words of a teacher at each target token, from files where it was asked before.
+
+    Words that are not listed share evenly what probability the listed ones leave. A sentence that is not in the files
+    yet is asked of the teacher and written, so that in a later epoch, another run or another student it is read. What
+    is used is what was written: whether it was there before makes no difference.
+
+    Args:
+        folder: of the files; it is made if it is not there
+        top_k: K; None: as the files have it, 32 for new ones
+        temperature: T of the softmax that is kept
+        source: where the teacher comes from
+        student_task: gives the dictionaries
+
+    Raises:
+        ConfigError: K is not from 1 to V
+    """
+
+    def __init__(
+        self, folder: str, top_k: Optional[int], temperature: float, source: TeacherSource, student_task: Any
+    ) -> None:
+        words = student_task.target_dictionary
+        if top_k is not None and not 0 < top_k <= len(words):
+            raise ConfigError(f"--teacher-cache-top-k {top_k}: out of range; a number from 1 to {len(words)}")
+        self._folder, self._top_k, self._source = folder, top_k, source
+        self._temperature, self._vocabulary, self._pad = temperature, len(words), words.pad()
+        self._dictionaries = {
+            "source_dictionary": _digest("\n".join(student_task.source_dictionary.symbols).encode()),
+            "target_dictionary": _digest("\n".join(words.symbols).encode()),
+        }
+        self._teacher: Optional[Teacher] = None
+        self._place: Optional[Tuple[torch.device, torch.dtype]] = None
+        self._files: CacheFiles
+
+    def prepare(self, dataset: Any, max_positions: Any = None, shard: str = "") -> None:
+        """Open the files for a training set, and load the teacher if it has to fill them, or let go of it if not.
+
+        Args:
+            dataset: fairseq's ``LanguagePairDataset``
+            max_positions: longer sentences will not be asked for
+            shard: names the part of the training set, where it has several
+
+        Raises:
+            ConfigError: the files belong to something else or are damaged, or a teacher is needed and was not given
+        """
+        folder = os.path.join(self._folder, shard) if shard else self._folder
+        lengths = np.asarray(dataset.tgt_sizes, dtype=np.int64)
+        expected = self._manifest(np.asarray(dataset.src_sizes, dtype=np.int64), lengths)
+        found = read_manifest(folder)
+        if not found:
+            self._load_for(f"{FLAG} {folder}: there is no cache yet")
+            teacher = self._source.identify()
+            create(folder, {**expected, "top_k": self._top_k or DEFAULT_TOP_K, "teacher": teacher}, lengths)
+            found = read_manifest(folder)
+        self._compare(folder, found, expected)
+        self._files = CacheFiles(folder, found, lengths)
+        self._top_k = found["top_k"]
+
+        asked_for, _ = dataset.filter_indices_by_size(np.arange(len(dataset)), max_positions)
+        there = self._files.there(asked_for)
+        missing = len(there) - np.count_nonzero(there)
+        logger.info(
+            *("%s %s: the %d most probable words of %d sentences, of which %d are there",),
+            *(FLAG, folder, self._top_k, len(there), len(there) - missing),
+        )
+        if missing:
+            self._load_for(f"{FLAG} {folder}: {missing} of {len(there)} sentences are not there")
+        elif self._teacher is not None:
+            self._teacher = None
+            logger.info("the teacher is not needed any more")
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Where the teacher is moved if it has to be asked."""
+        self._place = device, dtype
+
+    def output(self, sample: Dict[str, Any], rows: Tensor) -> TopProbs:
+        """What is known of the chosen target positions.
+
+        Args:
+            sample: a batch of the training set: its ``id``, ``net_input`` and ``target``
+            rows: the positions, shape ``(B, T)``, bool, with n true
+
+        Returns:
+            of n tokens, on the device of `rows`
+
+        Raises:
+            ConfigError: what is there of a sentence is not what was written, or was written for another text
+        """
+        sentences = _Sentences.of(sample, self._pad)
+        listed = self._files.read(*sentences.key)
+        if not listed.sound.all():
+            self._refuse_damage(sentences.ids[~listed.sound])
+            listed = self._ask(sample, sentences, ~listed.sound)
+        chosen = rows[sentences.real].cpu()
+        words, probs = torch.from_numpy(listed.words)[chosen], torch.from_numpy(listed.probs)[chosen]
+        return TopProbs(words.to(rows.device), probs.to(rows.device), self._vocabulary)
+
+    def probs(self, sample: Dict[str, Any], rows: Tensor, temperature: float) -> Tensor:
+        """The probability of every word at the chosen positions, shape ``(n, V)``, float32, as :meth:`output`."""
+        return self.output(sample, rows).dense()
+
+    def mend(self, sample: Dict[str, Any]) -> None:
+        """Ask for what is not there of a batch, or is damaged."""
+        sentences = _Sentences.of(sample, self._pad)
+        sound = self._files.read(*sentences.key).sound
+        if not sound.all():
+            self._load_for(f"{FLAG} {self._files.folder}: sentence {sentences.ids[~sound][0]} has to be mended")
+            self._ask(sample, sentences, ~sound)
+
+    def _manifest(self, source_lengths: np.ndarray, target_lengths: np.ndarray) -> Dict[str, Any]:
+        lengths = np.stack([source_lengths, target_lengths])
+        return {
+            "format": FORMAT,
+            "temperature": self._temperature,
+            "vocabulary": self._vocabulary,
+            **self._dictionaries,
+            "sentences": len(target_lengths),
+            "lengths_of_sentences": _digest(lengths.tobytes()),
+        }
+
+    def _compare(self, folder: str, found: Dict[str, Any], expected: Dict[str, Any]) -> None:
+        """Refuse files that are not what this run would have made."""
+        if self._top_k is not None:
+            expected = {**expected, "top_k": self._top_k}
+        if self._source.path:
+            expected = {**expected, "teacher": self._source.identify()}
+        differing = [key for key in expected if found.get(key) != expected[key]]
+        if not differing and isinstance(found.get("top_k"), int):
+            return
+        key = (differing or ["top_k"])[0]
+        flag, value, remedy = {
+            "top_k": ("--teacher-cache-top-k", self._top_k, f"use {found.get(key)}"),
+            "temperature": ("--kd-temperature", self._temperature, f"use {found.get(key)}"),
+            "teacher": ("--teacher-checkpoint-path", self._source.path, "name that teacher"),
+        }.get(key, (FLAG, folder, "name that data"))
+        what = key.replace("_", " ")
+        raise ConfigError(f"{flag} {value}: the cache {folder} was made with other {what}; {remedy}, or another {FLAG}")
+
+    def _load_for(self, reason: str) -> None:
+        if self._teacher is None:
+            if not self._source.path:
+                raise ConfigError(f"{reason}; name the teacher that fills it by --teacher-checkpoint-path")
+            self._teacher = self._source.load()
+
+    def _refuse_damage(self, ids: np.ndarray) -> None:
+        damaged = ids[self._files.there(ids)]
+        if len(damaged) > 0:
+            raise ConfigError(
+                f"{FLAG} {self._files.folder}: sentence {damaged[0]} is damaged, or is of another text; "
+                "python -m kd_ext.teacher_cache with the same flags mends it"
+            )
+
+    def _ask(self, sample: Dict[str, Any], sentences: "_Sentences", missing: np.ndarray) -> Listed:
+        """Ask the teacher about a batch, write what is missing, and read it all."""
+        assert self._teacher is not None
+        assert self._top_k is not None
+        if self._place is not None:
+            self._teacher.place(*self._place)
+        found = top_probs(self._teacher.output(sample, sentences.real), self._top_k, self._temperature)
+        tokens = np.repeat(missing, sentences.lengths)
+        words, probs = (x.cpu().numpy()[tokens] for x in (found.words, found.probs.float()))
+        texts = [text for text, is_missing in zip(sentences.texts, missing) if is_missing]
+        self._files.write(sentences.ids[missing], sentences.lengths[missing], texts, words, probs)
+        return self._files.read(*sentences.key)
+
+
+class _Sentences(NamedTuple):
+    """The sentences of a batch, B of them.
+
+    Attributes:
+        ids: in the training set, shape ``(B,)``
+        lengths: target tokens, shape ``(B,)``
+        texts: a checksum of each one's source and target
+        real: where their target tokens are, shape ``(B, T)``, bool
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    texts: List[int]
+    real: Tensor
+
+    @property
+    def key(self) -> Tuple[np.ndarray, np.ndarray, List[int]]:
+        return self.ids, self.lengths, self.texts
+
+    @classmethod
+    def of(cls, sample: Dict[str, Any], pad: int) -> "_Sentences":
+        real = sample["target"].ne(pad)
+        sources, targets = (x.cpu().numpy() for x in (sample["net_input"]["src_tokens"], sample["target"]))
+        texts = [
+            zlib.crc32(target[target != pad].tobytes(), zlib.crc32(source[source != pad].tobytes()))
+            for source, target in zip(sources, targets)
+        ]
+        return cls(sample["id"].cpu().numpy(), real.sum(1).cpu().numpy(), texts, real)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

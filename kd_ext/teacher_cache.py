@@ -1,0 +1,126 @@
+"""``python -m kd_ext.teacher_cache``: fill a teacher's cache before anything is trained.
+
+Takes the flags of fairseq-train, of which those of data, batches, teacher and cache count. Interrupted and started
+again, it goes on where it was; what is damaged is asked for again.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import sys
+import time
+from typing import Any, Iterator, List, Optional, Sequence
+
+import torch
+from fairseq import options, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from tqdm import tqdm
+
+import kd_ext  # noqa: F401  registers the task and its criterion
+from kd_ext.errors import ConfigError
+from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
+
+TASK = "translation_with_kd"
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Fill the cache with as many processes as asked for.
+
+    Raises:
+        ConfigError: a flag cannot be used
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = _parse(arguments)
+    context = multiprocessing.get_context("spawn")
+    done = context.Value("l", 0)
+    filling = _fill(args, 0, done)
+    total = next(filling)  # the files are there now, and everything is checked
+    others = [context.Process(target=_work, args=(arguments, i, done), daemon=True) for i in range(1, args.processes)]
+    for process in others:
+        process.start()
+    with tqdm(total=total, unit="sentence", desc=args.teacher_cache_dir) as bar:
+        for bar.total in filling:
+            bar.update(done.value - bar.n)
+        while any(process.is_alive() for process in others):
+            time.sleep(0.2)
+            bar.update(done.value - bar.n)
+        bar.update(done.value - bar.n)
+    if any(process.exitcode != 0 for process in others):
+        raise ConfigError(f"--processes {args.processes}: one of them failed; run the command again to go on")
+
+
+def _parse(arguments: List[str]) -> argparse.Namespace:
+    parser = options.get_training_parser(default_task=TASK)
+    parser.prog, parser.description = "python -m kd_ext.teacher_cache", __doc__
+    parser.set_defaults(criterion=CRITERION, arch="transformer")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="each loads the teacher, each on a GPU of its own"
+    )
+    args = options.parse_args_and_arch(parser, arguments)
+    if args.task != TASK or args.criterion != CRITERION:
+        raise ConfigError(f"--task {args.task} --criterion {args.criterion}: use --task {TASK} --criterion {CRITERION}")
+    if args.processes < 1:
+        raise ConfigError(f"--processes {args.processes}: out of range; a number over 0")
+    for flag in ("teacher_cache_dir", "teacher_checkpoint_path"):
+        if not getattr(args, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} is missing: nothing can be filled without it")
+    if args.max_tokens is None and args.batch_size is None:
+        raise ConfigError("--max-tokens is missing: how much the teacher is asked at once, in tokens")
+    return args
+
+
+def _work(arguments: List[str], index: int, done: Any) -> None:
+    """What a process but the first does; an error of it is said as any other."""
+    try:
+        for _ in _fill(_parse(arguments), index, done):
+            pass
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def _fill(args: argparse.Namespace, index: int, done: Any) -> Iterator[int]:
+    """Fill one process's part. Gives the number of sentences in all as soon as all is checked, and after each batch."""
+    cfg = convert_namespace_to_omegaconf(args)
+    use_cuda = torch.cuda.is_available() and not cfg.common.cpu
+    if use_cuda:
+        torch.cuda.set_device(index % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.processes))
+    task = TranslationWithKDTask.setup_task(cfg.task)
+    cache = task.open_cache(cfg.criterion.kd_temperature)
+    dtype = torch.half if use_cuda and cfg.common.fp16 else torch.float32
+    cache.place(torch.device("cuda" if use_cuda else "cpu"), dtype)
+    total = 0
+    for epoch in range(1, 1 + len(utils.split_paths(cfg.task.data))):  # fairseq reads one part of the data an epoch
+        batches = _batches(task, cfg, epoch, index, args.processes)
+        total += sum(map(len, batches.frozen_batches))
+        yield total
+        for sample in batches.next_epoch_itr(shuffle=False):
+            if sample:
+                cache.mend(utils.move_to_cuda(sample) if use_cuda else sample)
+                with done.get_lock():
+                    done.value += len(sample["id"])
+            yield total
+
+
+def _batches(task: TranslationWithKDTask, cfg: Any, epoch: int, index: int, processes: int) -> Any:
+    subset = cfg.dataset.train_subset
+    task.load_dataset(subset, epoch=epoch, combine=True)
+    return task.get_batch_iterator(
+        task.dataset(subset),
+        max_tokens=cfg.dataset.max_tokens,
+        max_sentences=cfg.dataset.batch_size,
+        max_positions=utils.resolve_max_positions(task.max_positions(), cfg.dataset.max_tokens),
+        ignore_invalid_inputs=True,
+        required_batch_size_multiple=cfg.dataset.required_batch_size_multiple,
+        num_shards=processes,
+        shard_id=index,
+        num_workers=cfg.dataset.num_workers,
+        epoch=epoch,
+    )
+
+
+if __name__ == "__main__":
+    main()
