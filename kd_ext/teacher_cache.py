@@ -36,16 +36,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     done = context.Value("l", 0)
     filling = _fill(args, 0, done)
     total = next(filling)  # the files are there now, and everything is checked
-    others = [context.Process(target=_work, args=(arguments, i, done), daemon=True) for i in range(1, args.processes)]
+    others = [context.Process(target=_work, args=(arguments, i, done)) for i in range(1, args.processes)]
     for process in others:
         process.start()
-    with tqdm(total=total, unit="sentence", desc=args.teacher_cache_dir) as bar:
-        for bar.total in filling:
+    try:
+        with tqdm(total=total, unit="sentence", desc=args.teacher_cache_dir) as bar:
+            for bar.total in filling:
+                bar.update(done.value - bar.n)
+            while any(process.is_alive() for process in others):
+                time.sleep(0.2)
             bar.update(done.value - bar.n)
-        while any(process.is_alive() for process in others):
-            time.sleep(0.2)
-            bar.update(done.value - bar.n)
-        bar.update(done.value - bar.n)
+    finally:
+        for process in others:
+            process.terminate()
     if any(process.exitcode != 0 for process in others):
         raise ConfigError(f"--processes {args.processes}: one of them failed; run the command again to go on")
 

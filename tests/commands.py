@@ -91,7 +91,10 @@ def _main(log: str, name: str, arguments: List[str]) -> None:
     os.dup2(descriptor, 2)
     sys.argv = [name, *arguments]
     try:
-        importlib.import_module(_modules[name]).cli_main()
+        if name in _modules:
+            importlib.import_module(_modules[name]).cli_main()
+        else:  # the plugin's own, which must not be imported before
+            importlib.import_module(name).main()
     except SystemExit:
         raise
     except BaseException:

@@ -86,8 +86,8 @@ class CachedTeacher:
         found = read_manifest(folder)
         if not found:
             self._load_for(f"{FLAG} {folder}: there is no cache yet")
-            teacher = self._source.identify()
-            create(folder, {**expected, "top_k": self._top_k or DEFAULT_TOP_K, "teacher": teacher}, lengths)
+            of_teacher = {"teacher": self._source.identify(), "teacher_path": self._source.path}
+            create(folder, {**expected, "top_k": self._top_k or DEFAULT_TOP_K, **of_teacher}, lengths)
             found = read_manifest(folder)
         self._compare(folder, found, expected)
         self._files = CacheFiles(folder, found, lengths)
@@ -168,7 +168,7 @@ class CachedTeacher:
         flag, value, remedy = {
             "top_k": ("--teacher-cache-top-k", self._top_k, f"use {found.get(key)}"),
             "temperature": ("--kd-temperature", self._temperature, f"use {found.get(key)}"),
-            "teacher": ("--teacher-checkpoint-path", self._source.path, "name that teacher"),
+            "teacher": ("--teacher-checkpoint-path", self._source.path, f"name {found.get('teacher_path')}"),
         }.get(key, (FLAG, folder, "name that data"))
         what = key.replace("_", " ")
         raise ConfigError(f"{flag} {value}: the cache {folder} was made with other {what}; {remedy}, or another {FLAG}")
