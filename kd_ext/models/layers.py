@@ -20,6 +20,14 @@ def is_dead(name: str) -> bool:
     return _DEAD_NAME.match(name) is not None
 
 
+def drop_dead_parameters(model: nn.Module) -> None:
+    """Take those copies out of a model of upstream's that is not to be saved."""
+    for layer in model.modules():
+        if isinstance(layer, TransformerEncoderLayerBase):
+            for name in DEAD_PARAMETERS:
+                layer._parameters.pop(name, None)
+
+
 class LeanEncoderLayer(TransformerEncoderLayerBase):
     """Upstream's encoder layer without its eight dead parameters; checkpoints load with and without them."""
 
