@@ -21,11 +21,12 @@ def is_dead(name: str) -> bool:
 
 
 def drop_dead_parameters(model: nn.Module) -> None:
-    """Take those copies out of a model of upstream's that is not to be saved."""
+    """Take those copies out of a model that is complete, and will not be saved."""
     for layer in model.modules():
         if isinstance(layer, TransformerEncoderLayerBase):
             for name in DEAD_PARAMETERS:
-                layer._parameters.pop(name, None)
+                if hasattr(layer, name):
+                    delattr(layer, name)
 
 
 class LeanEncoderLayer(TransformerEncoderLayerBase):

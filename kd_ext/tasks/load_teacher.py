@@ -90,6 +90,7 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.n
         f"{sum(p.numel() for p in model.parameters()):,}",
         next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
     )
+    state["model"].clear()  # what upgrades it for fairseq leaves a cycle of references, with all its tensors
     return model
 
 
