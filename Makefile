@@ -24,6 +24,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/queue_gate.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/adapter_tuning.py
 	$(BIN)/python benchmarks/report.py
 

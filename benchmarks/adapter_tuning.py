@@ -28,32 +28,17 @@ def main() -> None:
 
 def tune(sides) -> dict:
     """A training step with Adam: the median time, and the peak of memory beyond the loaded model."""
-    from argparse import Namespace
-
     import torch
-    from fairseq.data import Dictionary
-    from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+    from models import build, dictionary
 
-    import kd_ext  # noqa: F401
-
-    args = Namespace(share_all_embeddings=True, dropout=0.1)
+    settings = {"share_all_embeddings": True, "dropout": 0.1}
     for side in ("encoder", "decoder"):
-        setattr(args, f"{side}_embed_dim", WIDTH)
-        setattr(args, f"{side}_layers", LAYERS)
-        setattr(args, f"{side}_normalize_before", True)
+        settings.update({f"{side}_embed_dim": WIDTH, f"{side}_layers": LAYERS, f"{side}_normalize_before": True})
     for side in sides:
-        setattr(args, f"{side}_add_adapters", True)
-        setattr(args, f"{side}_adapter_ids", "hi,ta")
-        setattr(args, f"{side}_adapter_reduction_factor", 8)
-        setattr(args, f"{side}_train_adapter", "hi")
-    ARCH_CONFIG_REGISTRY["transformer_adapter"](args)
-    words = Dictionary()
-    for i in range(VOCABULARY - len(words)):
-        words.add_symbol(f"w{i}")
+        settings.update({f"{side}_add_adapters": True, f"{side}_adapter_ids": "hi,ta"})
+        settings.update({f"{side}_adapter_reduction_factor": 8, f"{side}_train_adapter": "hi"})
     torch.manual_seed(1)
-    model = ARCH_MODEL_REGISTRY["transformer_adapter"].build_model(
-        args, Namespace(source_dictionary=words, target_dictionary=words)
-    )
+    model = build("transformer_adapter", dictionary(VOCABULARY), **settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4)
     source, target = (torch.randint(4, VOCABULARY, (SENTENCES, LENGTH)) for _ in range(2))

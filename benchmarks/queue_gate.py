@@ -8,8 +8,7 @@ import time
 
 import torch
 from common import THREADS, save
-from fairseq.data import Dictionary
-from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from models import build, dictionary
 
 from kd_ext.models.output_projection import find_projection
 from kd_ext.modules.chunked_loss import Weights, chunked_loss
@@ -19,22 +18,13 @@ TOKENS, LENGTH, VOCABULARY, RATE = 2048, 32, 32_000, 0.5
 SIZES = [10_000, 100_000, 1_000_000, 4_000_000]
 
 
-class Task:
-    """As much of a task as a model needs to be built."""
-
-    def __init__(self):
-        self.source_dictionary = self.target_dictionary = Dictionary()
-        for i in range(VOCABULARY - 4):
-            self.source_dictionary.add_symbol(f"w{i}")
-
-
 def make_step():
     """A training step of a student 256 wide, without teacher and optimizer: the least that a step can be."""
-    cfg = TransformerConfig(share_decoder_input_output_embed=True)
-    for side in (cfg.encoder, cfg.decoder):
-        side.embed_dim, side.ffn_embed_dim, side.layers, side.attention_heads = 256, 1024, 3, 4
-    cfg.decoder.input_dim = cfg.decoder.output_dim = 256
-    model = TransformerModelBase.build_model(cfg, Task()).train()
+    settings = {"share_decoder_input_output_embed": True}
+    for side in ("encoder", "decoder"):
+        settings.update({f"{side}_embed_dim": 256, f"{side}_ffn_embed_dim": 1024, f"{side}_layers": 3})
+        settings[f"{side}_attention_heads"] = 4
+    model = build("transformer", dictionary(VOCABULARY), **settings).train()
     project = find_projection(model)
     tokens = torch.randint(4, VOCABULARY, (TOKENS // LENGTH, LENGTH))
     lengths = torch.full((len(tokens),), LENGTH)

@@ -71,6 +71,18 @@ def queue_gate(rows: List[Dict[str, Any]]) -> str:
     return table(["queue, tokens", "push, ms", "gate, ms", "of a step"], lines)
 
 
+def decoding(rows: List[Dict[str, Any]]) -> str:
+    """Speed over upstream's transformer, of the same run."""
+    base = rows[0]["words_per_second"]
+    lines = [[r["variant"], number(r["words_per_second"], 0), ratio(r["words_per_second"], base)] for r in rows]
+    return table(["architecture", "words per second", "over upstream"], lines)
+
+
+def cache_quality(rows: List[Dict[str, Any]]) -> str:
+    lines = [[row["variant"], number(row["bleu"], 1), number(row["chrf"], 1)] for row in rows]
+    return table(["the demo's student learns from", "BLEU", "chrF"], lines)
+
+
 def adapter_tuning(rows: List[Dict[str, Any]]) -> str:
     """Time and memory of a step over full fine-tuning's, of the same run."""
     base = rows[0]
@@ -88,7 +100,9 @@ def main() -> None:
         loss: "The loss alone",
         steps: "Whole training runs",
         queue_gate: "Gate and queue",
+        decoding: "Decoding",
         adapter_tuning: "Adapter tuning",
+        cache_quality: "Quality from a teacher cache",
     }
     for section, title in titles.items():
         path = RESULTS / f"{section.__name__}.json"

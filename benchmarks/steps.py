@@ -83,10 +83,13 @@ def main() -> None:
         teacher = folder / "teacher" / "checkpoint_last.pt"
         measure("steps.py", "teacher", *training(folder, "teacher", 1), *UPSTREAM)
         distil = [*DISTIL, "--teacher-checkpoint-path", teacher]
+        cache = [*DISTIL, "--teacher-cache-dir", folder / "cache"]
+        measure("steps.py", "cache", *training(folder, "student", UPDATES), *cache, *distil, "--no-save")
         variants = {
             "upstream": UPSTREAM,
             "plain distillation": distil,
             "lean distillation": distil,
+            "lean distillation, warm cache": cache,
             "lean without distillation": [*DISTIL, "--alpha", "0"],
             "lean distillation of half of the tokens": [
                 *distil,

@@ -165,6 +165,29 @@ def test_gradients_accumulate_over_batches_and_both_ends_of_a_tied_embedding():
     torch.testing.assert_close(lean, reference, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_backward_twice(scale):
+    """The second finds what the first found, whatever became of its gradients."""
+    student, target, selected, teachers = make()
+    loss = scale * chunked_loss(student, target, selected, teachers, Weights(0.5, 0.5, 0.1, 1.0)).loss
+    loss.backward(retain_graph=True)
+    first = [x.grad.clone() for x in student]
+    for x in student:
+        x.grad.zero_()
+    loss.backward()
+    for x, gradient in zip(student, first):
+        assert gradient.any()
+        assert torch.equal(x.grad, gradient)
+
+
+def test_the_gradients_of_an_unscaled_loss_are_not_copied():
+    student, target, selected, teachers = make(selection="all")
+    loss = chunked_loss(student, target, selected, teachers, Weights(0.5, 0.5, 0.1, 1.0)).loss
+    made = [x.data_ptr() for x in loss.grad_fn.saved_tensors]
+    loss.backward()
+    assert [x.grad.data_ptr() for x in student] == made
+
+
 def test_frozen_tensors_get_no_gradient():
     student, target, selected, teachers = make()
     frozen = LinearLogits(student.features, student.weight.detach(), student.bias.detach())

@@ -1,5 +1,6 @@
 """Damaged and hostile files: an error of one line, or what was written, never anything else."""
 
+import copy
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from test_adapter_files import base, trained  # noqa: F401  fixtures
 
 from kd_ext import adapters
 from kd_ext.errors import ConfigError
+from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
 TRIALS = 20  # of each damage to each kind of file
 
@@ -62,6 +64,18 @@ def test_damaged_checkpoints(student, tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(student.read_bytes())
     read = lambda path: checkpoint_utils.load_checkpoint_to_cpu(str(path))  # noqa: E731
+    assert count_errors(path, read, damage) > TRIALS / 2
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, swap])
+def test_damaged_checkpoints_that_are_mapped(student, tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(student.read_bytes())
+
+    def read(path):
+        with mapped_checkpoints():
+            return copy.deepcopy(checkpoint_utils.load_checkpoint_to_cpu(str(path)))
+
     assert count_errors(path, read, damage) > TRIALS / 2
 
 

@@ -78,6 +78,18 @@ def test_training(strategy, eps, prefix, temperature):
         np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_teacher_comes_before_the_students_activations(strategy):
+    """Unless its tokens are not known: then, and in the plain formulation, it comes after."""
+    _, run = make(strategy)
+    order = []
+    for name, model in (("student", run.student), ("teacher", run.teachers[0])):
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    run.forward(random_batch(np.random.default_rng(5), BATCHES[0]))
+    is_first = isinstance(run.student, GivenFeatures) and strategy.startswith("word")
+    assert order == (["teacher", "student"] if is_first else ["student", "teacher"])
+
+
 def test_the_oracle_is_upstreams_label_smoothed_loss():
     """alpha = 0 is upstream's criterion itself: the oracle's smoothed target must give the same number."""
     run = Run("word_seq_level", alpha=0.0)

@@ -1,9 +1,12 @@
 """Any teacher: what is loaded, what it computes, and what its loading leaves alone."""
 
 import copy
+import inspect
 import random
 import re
+import zipfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from test_resume import is_trained
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
-from kd_ext.tasks.load_teacher import load_teacher
+from kd_ext.models.layers import is_dead
+from kd_ext.tasks.load_teacher import _read_checkpoint, load_teacher
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
 
@@ -57,6 +61,45 @@ def test_without_the_dead_encoder_parameters(student_task, teacher, tmp_path):
     kept.update({name: value for name, value in state["model"].items() if name.endswith("_float_tensor")})
     torch.save({**state, "model": kept}, tmp_path / "main.pt")
     torch.testing.assert_close(probs(student_task, tmp_path / "main.pt"), probs(student_task, teacher))
+
+
+def test_as_old_torch_wrote_it_and_compressed(student_task, teacher, tmp_path):
+    """Files that cannot be mapped into memory."""
+    torch.save(load(teacher), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(teacher) as source, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as to:
+        for name in source.namelist():
+            to.writestr(name, source.read(name))
+    for name in ("old.pt", "small.pt"):
+        torch.testing.assert_close(probs(student_task, tmp_path / name), upstream_probs(student_task, teacher))
+
+
+def mappings(path):
+    """The addresses that a file is mapped to."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [range(*(int(x, 16) for x in fields[0].split("-"))) for fields in lines if fields[-1] == str(path)]
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists() or "mmap" not in inspect.signature(torch.load).parameters,
+    reason="torch < 2.1, or no /proc",
+)
+def test_the_optimizers_state_is_not_read(student_task, teacher):
+    state = _read_checkpoint(str(teacher), {})
+    moments = [x for entry in state["last_optimizer_state"]["state"].values() for x in entry.values()]
+    moments = [x for x in moments if torch.is_tensor(x) and x.dim() > 0]
+    assert len(moments) > 10
+    for x in moments:
+        assert any(x.data_ptr() in addresses for addresses in mappings(teacher))
+    del state, moments, x
+    loaded = load_teacher(str(teacher), "{}", None, student_task)
+    assert loaded.models
+    assert mappings(teacher) == []  # the file may be written over
+
+
+def test_holds_no_dead_parameters(student_task, teacher):
+    assert any(map(is_dead, load(teacher)["model"]))
+    loaded = load_teacher(str(teacher), "{}", None, student_task)
+    assert not any(is_dead(name) for name, _ in loaded.models[0].named_parameters())
 
 
 def test_ensemble(student_task, teacher, student):

@@ -20,6 +20,15 @@ def is_dead(name: str) -> bool:
     return _DEAD_NAME.match(name) is not None
 
 
+def drop_dead_parameters(model: nn.Module) -> None:
+    """Take those copies out of a model that is complete, and will not be saved."""
+    for layer in model.modules():
+        if isinstance(layer, TransformerEncoderLayerBase):
+            for name in DEAD_PARAMETERS:
+                if hasattr(layer, name):
+                    delattr(layer, name)
+
+
 class LeanEncoderLayer(TransformerEncoderLayerBase):
     """Upstream's encoder layer without its eight dead parameters; checkpoints load with and without them."""
 

@@ -166,7 +166,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Tuple[Optional[Tensor], ...]:
         # The scale of the loss first, in float32, and then the dtype: else small gradients underflow in float16.
-        gradients = [None if x is None else (x * gradient).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        # A scale of one, asked for where that waits for no device, spares a second copy of them.
+        is_scaled = gradient.device.type != "cpu" or float(gradient) != 1
+        scaled = [x * gradient if x is not None and is_scaled else x for x in ctx.saved_tensors]
+        gradients = [None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes)]
         return (*gradients, None, None, None, None, None)
 
 

@@ -16,10 +16,12 @@ from omegaconf import open_dict
 
 from kd_ext.errors import ConfigError
 from kd_ext.fingerprint import model_fingerprint
+from kd_ext.models.layers import drop_dead_parameters
 from kd_ext.models.output_projection import NoProjectionError, find_projection
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
+from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.n
         f"{sum(p.numel() for p in model.parameters()):,}",
         next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
     )
+    state["model"].clear()  # what upgrades it for fairseq leaves a cycle of references, with all its tensors
     return model
 
 
@@ -110,7 +113,8 @@ def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     if not os.path.isfile(path):
         raise ConfigError(f"{FLAG} {path}: no such file; name the checkpoint that fairseq-train wrote")
     try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(path, settings)
+        with mapped_checkpoints():
+            state = checkpoint_utils.load_checkpoint_to_cpu(path, settings)
     except ConfigError as error:
         raise ConfigError(f"{FLAG} {error}; name a file that fairseq-train wrote") from error
     if state.get("args") is not None:
@@ -182,6 +186,7 @@ def _build_model(path: str, task: Any, model_cfg: Any, state: Dict[str, Any]) ->
             f"{FLAG} {path}: its weights do not fit its settings ({' '.join(str(error).split())[:300]}); "
             "mend the settings by --teacher-model-overrides"
         ) from error
+    drop_dead_parameters(model)
     return model
 
 

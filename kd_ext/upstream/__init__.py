@@ -1,6 +1,7 @@
 """The one place that touches fairseq at run time: a file a touch, each with its reason and versions.
 
-``early`` comes before ``import fairseq`` and is also run by ``kd_ext_startup``; the rest comes with the plugin.
+``early`` comes before ``import fairseq`` and is also run by ``kd_ext_startup``; the rest comes with the plugin, but for
+``mapped_checkpoints``, which whoever reads a checkpoint asks for.
 """
 
 from importlib import import_module
