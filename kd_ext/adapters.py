@@ -5,9 +5,7 @@ a fingerprint of the base that the adapters were trained on, and goes into no ot
 """
 
 import argparse
-import hashlib
 import os
-import re
 import tempfile
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -16,8 +14,8 @@ from torch import Tensor
 
 import kd_ext  # noqa: F401  registers the architectures, and lets fairseq's checkpoints be read
 from kd_ext.errors import ConfigError
+from kd_ext.fingerprint import is_weight, model_fingerprint
 from kd_ext.models.extension_flags import SIDES, activation_key
-from kd_ext.models.layers import is_dead
 from kd_ext.modules.adapter import adapter_of
 from kd_ext.reading import explained
 
@@ -25,9 +23,6 @@ FORMAT = "kd_ext adapter 1"
 # per side: what all adapters of a side have in common, saved as text
 SIDE_SETTINGS = ("adapter_reduction_factor", "adapter_use_gating")
 SHARED_SETTINGS = ("adapter_activation_fn",)
-
-# Not weights: fairseq's marker of its checkpoint format, and a buffer that it never sets
-_BUFFERS = re.compile(r"\.(version|_float_tensor)$")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -146,20 +141,12 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
 
 
 def fingerprint(model: Dict[str, Tensor]) -> str:
-    """Of all weights of a model but its adapters': 16 hexadecimal digits; the same for upstream's checkpoint."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(_base_weights(model).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Of all weights of a model but its adapters'; the same for upstream's checkpoint."""
+    return model_fingerprint({name: tensor for name, tensor in model.items() if adapter_of(name) is None})
 
 
 def _base_weights(model: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    return {
-        name: tensor
-        for name, tensor in model.items()
-        if adapter_of(name) is None and not _BUFFERS.search(name) and not is_dead(name)
-    }
+    return {name: tensor for name, tensor in model.items() if adapter_of(name) is None and is_weight(name)}
 
 
 def _ids(model: Dict[str, Tensor], side: str) -> List[str]:
