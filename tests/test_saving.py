@@ -13,6 +13,7 @@ from commands import ENVIRONMENT, script
 from conftest import SIZES, TRAINING, load
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from test_resume import assert_same_run
 
 from kd_ext.errors import ConfigError
 from kd_ext.writing import written_whole
@@ -150,7 +151,19 @@ def test_what_a_killed_run_left_is_removed(train, tmp_path):
     assert f"removed {left[0]}: a run was killed while it saved" in result.output
 
 
-def run_with_room(room, log, *command):
+FLAGS = ["--criterion", "label_smoothed_cross_entropy", "--save-interval-updates", "2", "--disable-validation"]
+FLAGS += ["--max-update", "6"]
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The last checkpoint of a run with room enough."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder, *FLAGS).returncode == 0
+    return folder / "checkpoint_last.pt"
+
+
+def run_with_room(room, *command):
     """Run a command that can write files of up to `room` bytes; its exit status and what it printed."""
     start = f"import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))"
     code = f"{start}; os.execv(sys.argv[1], sys.argv[1:])"
@@ -160,23 +173,62 @@ def run_with_room(room, log, *command):
     return done.returncode, done.stdout
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_one_line(train, data, tmp_path):
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(train, whole, data, tmp_path):
     """The run stops, keeps what was saved, and given room goes on as if nothing had happened."""
-    flags = ["--criterion", "label_smoothed_cross_entropy", "--save-interval-updates", "2"]
-    assert train(tmp_path / "whole", *flags, "--max-update", "6").returncode == 0
-    assert train(tmp_path / "full", *flags, "--max-update", "2").returncode == 0
-    last = tmp_path / "full" / "checkpoint_last.pt"
+    assert train(tmp_path, *FLAGS, "--max-update", "2").returncode == 0
+    last = tmp_path / "checkpoint_last.pt"
     before = last.read_bytes()
-    command = [script("fairseq-train"), data, *TRAINING, "--arch", "transformer", *SIZES, *flags]
-    command += ["--save-dir", tmp_path / "full", "--max-update", "6"]
-    status, output = run_with_room(len(before) // 2, tmp_path / "log", *command)
+    command = [
+        script("fairseq-train"),
+        data,
+        *TRAINING,
+        "--arch",
+        "transformer",
+        *SIZES,
+        *FLAGS,
+        "--save-dir",
+        tmp_path,
+    ]
+    status, output = run_with_room(len(before) // 2, *command)
     assert status != 0
-    expected = rf"kd_ext: error: {tmp_path}/full/checkpoint_1_4.pt: cannot be written: File too large; the .* whole: "
+    expected = rf"kd_ext: error: {tmp_path}/checkpoint_1_4.pt: cannot be written: File too large; the .* whole: "
     assert re.match(expected, output.strip().splitlines()[-1])
     assert "Traceback" not in output
     assert last.read_bytes() == before
-    assert not list((tmp_path / "full").glob("*.tmp"))
-    assert not (tmp_path / "full" / "checkpoint_1_4.pt").exists()
-    assert train(tmp_path / "full", *flags, "--max-update", "6").returncode == 0
-    whole, full = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "full"))
-    assert torch.equal(whole["decoder.embed_tokens.weight"], full["decoder.embed_tokens.weight"])
+    assert not list(tmp_path.glob("*.tmp"))
+    assert not (tmp_path / "checkpoint_1_4.pt").exists()
+    assert train(tmp_path, *FLAGS).returncode == 0
+    assert_same_run(whole, last)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own; returns what sets its size in bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], stderr=subprocess.DEVNULL)
+        return done.returncode == 0
+
+    if os.getuid() != 0 or not mount("size=64k"):
+        pytest.skip("needs to mount a file system")
+    yield lambda size: mount(f"remount,size={size}")
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("checkpoints", [0.5, 1.5, 2.5, 3.5])
+def test_a_real_disk_that_fills_up(train, whole, tmp_path, small_disk, checkpoints):
+    """Room for so many checkpoints: saving one or copying it fails, the first or a later one."""
+    size, save_dir = whole.stat().st_size, tmp_path / "disk"
+    assert small_disk(int(size * checkpoints))
+    result = train(save_dir, *FLAGS)
+    assert result.returncode != 0
+    assert "cannot be written: No space left on device; the checkpoints saved before it are whole" in result.last_line
+    for file in save_dir.glob("*.pt*"):
+        assert "model" in checkpoint_utils.load_checkpoint_to_cpu(str(file))  # which checks the sums
+    assert small_disk(size * 20)
+    result = train(save_dir, *FLAGS)
+    assert result.returncode == 0, result.output
+    assert ("Loaded checkpoint" in result.output) == (checkpoints >= 2)
+    assert_same_run(whole, save_dir / "checkpoint_last.pt")
