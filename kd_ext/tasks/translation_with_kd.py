@@ -9,8 +9,10 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from kd_ext.errors import ConfigError
+from kd_ext.fingerprint import dictionary_fingerprint, model_fingerprint
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
+from kd_ext.tasks import trained_with
 from kd_ext.tasks.load_teacher import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,10 @@ class TranslationWithKDTask(TranslationTask):
         super().__init__(cfg, src_dict, tgt_dict)
         self.selector: Optional[TokenSelector] = None
         self._builds_student = False
+        self._trained_with = {
+            trained_with.SOURCE: dictionary_fingerprint(src_dict.symbols),
+            trained_with.TARGET: dictionary_fingerprint(tgt_dict.symbols),
+        }
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
@@ -87,12 +93,15 @@ class TranslationWithKDTask(TranslationTask):
         """Load what ``--teacher-checkpoint-path`` names; None if there is no training to come."""
         if not self._builds_student:
             return None
-        return load_teacher(
+        teacher = load_teacher(
             self.cfg.teacher_checkpoint_path,
             overrides=self.cfg.teacher_model_overrides,
             user_dir=self.cfg.teacher_user_dir,
             student_task=self,
         )
+        fingerprints = [model_fingerprint(model.state_dict()) for model in teacher.models]
+        self._trained_with[trained_with.TEACHER] = " ".join(sorted(fingerprints))
+        return teacher
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         if ignore_grad:  # a worker whose shard has run out repeats a batch of others
@@ -108,13 +117,31 @@ class TranslationWithKDTask(TranslationTask):
             self.selector.commit()
 
     def state_dict(self) -> Dict[str, Any]:
-        state = dict(super().state_dict())
+        state = {**super().state_dict(), "trained_with": self._trained_with}
         if self.selector is not None and self.selector.needs_queue:
             state["kd"] = {"strategy": self.cfg.kd_strategy, "queues": self.selector.state_dict()}
         return state
 
+    def check_state(self, state_dict: Dict[str, Any], resumes: bool) -> None:
+        """See that the teacher and the dictionaries are those of a checkpoint, before anything of it is used.
+
+        Args:
+            state_dict: the task's state in the checkpoint
+            resumes: the run is to go on where the checkpoint ends, and not to begin anew from its weights
+
+        Raises:
+            ConfigError: it is to go on, and something differs
+        """
+        saved = state_dict.get("trained_with", {})
+        if resumes:
+            trained_with.check_same(saved, self._trained_with, self.cfg)
+        else:
+            trained_with.warn_of_other_words(saved, self._trained_with)
+
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        self.check_state(state_dict, resumes=True)
         state = dict(state_dict)
+        state.pop("trained_with", None)
         saved = state.pop("kd", None)
         super().load_state_dict(state)
         if self.selector is None or not self.selector.needs_queue:
