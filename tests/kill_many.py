@@ -4,6 +4,7 @@ Every second kill comes at any moment of a run, its start included, every second
 """
 
 import argparse
+import contextlib
 import random
 import re
 import sys
@@ -70,38 +71,41 @@ class Killer:
         save_dir = self._folder / f"run{self.runs}"
         save_dir.mkdir()
         while True:
-            log = save_dir / "log"
-            process = Forked(log, "fairseq-train", *self._command, "--save-dir", save_dir)
-            if not process.is_killed_when(self._a_moment(save_dir)):
+            left = parts(save_dir)  # by the run before: this one removes it before it trains
+            process = Forked(save_dir / "log", "fairseq-train", *self._command, "--save-dir", save_dir)
+            is_saving = lambda: bool(parts(save_dir) - left)  # noqa: E731, B023
+            if not process.is_killed_when(self._a_moment(is_saving)):
                 break
-            self.kills.append(self._look(save_dir, process.output))
+            self.kills.append(self._look(save_dir, process.output, is_saving()))
         result = process.wait()
         assert result.returncode == 0, result.output
         assert not list(save_dir.glob("*.tmp"))
         assert_same_run(self._folder / "whole" / "checkpoint_last.pt", save_dir / "checkpoint_last.pt")
 
-    def _a_moment(self, save_dir: Path):
+    def _a_moment(self, is_saving):
         """A condition that comes true at a random moment; with luck not before the end."""
         moment = time.monotonic() + self._rng.uniform(0, self._seconds)
         if len(self.kills) % 2 == 0:
             return lambda: time.monotonic() > moment
-        delay, seen = self._rng.uniform(0, 0.002), []
+        return lambda: time.monotonic() > moment and is_saving()
 
-        def in_saving():
-            if not seen and time.monotonic() > moment and any(save_dir.glob("*.tmp")):
-                seen.append(time.monotonic())
-            return bool(seen) and time.monotonic() > seen[0] + delay
-
-        return in_saving
-
-    def _look(self, save_dir: Path, output: str) -> Kill:
+    def _look(self, save_dir: Path, output: str, is_in_saving: bool) -> Kill:
         """Every checkpoint must be whole, whatever was going on."""
         for path in save_dir.glob("*.pt"):
             checkpoint_utils.load_checkpoint_to_cpu(str(path))  # checks the sums
         last = save_dir / "checkpoint_last.pt"
         saved = load(last)["optimizer_history"][-1]["num_updates"] if last.exists() else 0
         done = max(map(int, re.findall(r"num_updates=(\d+),", output)), default=0)
-        return Kill(done, saved, any(save_dir.glob("*.tmp")))
+        return Kill(done, saved, is_in_saving)
+
+
+def parts(save_dir: Path):
+    """The files that are being written, or that a killed run has left so."""
+    found = set()
+    for path in save_dir.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # it has got its name
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def main() -> None:
