@@ -94,6 +94,20 @@ def test_other_dictionaries(attempt, tmp_path, side, name, flag):
         assert (tmp_path / "student" / "checkpoint_last.pt").read_bytes() == before
 
 
+def test_a_teacher_beside_other_dictionaries(attempt, student, tmp_path):
+    """One that this task has trained knows which are its own; without that, both sides would be wrong alike."""
+    shutil.copy(student, tmp_path / "teacher" / "model.pt")
+    overrides = ["--teacher-model-overrides", f"{{'data': '{tmp_path}/data'}}"]
+    assert attempt("--max-update", 1, *overrides).returncode == 0
+    change(tmp_path, "tgt", swap)
+    result = attempt("--max-update", 1, *overrides, save_dir=tmp_path / "other")
+    assert result.returncode != 0
+    expected = (
+        f"{tmp_path}/teacher/model.pt: the target dictionary in {tmp_path}/data is not the one that it was trained"
+    )
+    assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {expected}")
+
+
 def test_other_words_to_begin_anew_with_are_said(attempt, tmp_path):
     assert attempt("--max-update", 3).returncode == 0
     change(tmp_path, "src", swap)

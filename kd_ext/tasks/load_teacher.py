@@ -19,6 +19,7 @@ from kd_ext.models.output_projection import NoProjectionError, find_projection
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
+from kd_ext.tasks import trained_with
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.n
     _check_registered(path, "architecture", cfg.model._name, {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY})
     _point_at_dictionaries(path, settings, cfg.task, student_task)
     task = tasks.setup_task(cfg.task)
+    _check_recorded(path, cfg.task.data, task, state)
     _compare_dictionaries(path, "source", task.source_dictionary, student_task.source_dictionary)
     _compare_dictionaries(path, "target", task.target_dictionary, student_task.target_dictionary)
     model = _build_model(path, task, cfg.model, state)
@@ -139,6 +141,17 @@ def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, stude
         f"{FLAG} {path}: no {names[0]} and {names[1]} in {' or '.join(folders)}; "
         "name their folder by --teacher-model-overrides \"{'data': 'folder'}\""
     )
+
+
+def _check_recorded(path: str, folder: str, task: Any, state: Dict[str, Any]) -> None:
+    """See that the dictionaries in `folder` are the teacher's; only ``translation_with_kd`` records which those are."""
+    recorded = (state.get("task_state") or {}).get("trained_with", {})
+    for side, found in trained_with.of_dictionaries(task.source_dictionary, task.target_dictionary).items():
+        if recorded.get(side, found) != found:
+            raise ConfigError(
+                f"{FLAG} {path}: the {side} in {folder} is not the one that it was trained with; name the folder of "
+                "its own by --teacher-model-overrides \"{'data': 'folder'}\""
+            )
 
 
 def _compare_dictionaries(path: str, side: str, teacher: Dictionary, student: Dictionary) -> None:

@@ -3,12 +3,25 @@
 import logging
 from typing import Dict
 
+from fairseq.data import Dictionary
+
 from kd_ext.errors import ConfigError
+from kd_ext.fingerprint import dictionary_fingerprint, model_fingerprint
+from kd_ext.modules.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 TEACHER, SOURCE, TARGET = "teacher", "source dictionary", "target dictionary"
 _FLAGS = {SOURCE: "--srcdict", TARGET: "--tgtdict"}
+
+
+def of_dictionaries(source: Dictionary, target: Dictionary) -> Dict[str, str]:
+    return {SOURCE: dictionary_fingerprint(source.symbols), TARGET: dictionary_fingerprint(target.symbols)}
+
+
+def of_teacher(teacher: Teacher) -> Dict[str, str]:
+    """Of every model of an ensemble, in whatever order they were named."""
+    return {TEACHER: " ".join(sorted(model_fingerprint(model.state_dict()) for model in teacher.models))}
 
 
 def check_same(saved: Dict[str, str], now: Dict[str, str], cfg) -> None:

@@ -9,7 +9,6 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from kd_ext.errors import ConfigError
-from kd_ext.fingerprint import dictionary_fingerprint, model_fingerprint
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
 from kd_ext.tasks import trained_with
@@ -65,10 +64,7 @@ class TranslationWithKDTask(TranslationTask):
         super().__init__(cfg, src_dict, tgt_dict)
         self.selector: Optional[TokenSelector] = None
         self._builds_student = False
-        self._trained_with = {
-            trained_with.SOURCE: dictionary_fingerprint(src_dict.symbols),
-            trained_with.TARGET: dictionary_fingerprint(tgt_dict.symbols),
-        }
+        self._trained_with = trained_with.of_dictionaries(src_dict, tgt_dict)
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
@@ -99,8 +95,7 @@ class TranslationWithKDTask(TranslationTask):
             user_dir=self.cfg.teacher_user_dir,
             student_task=self,
         )
-        fingerprints = [model_fingerprint(model.state_dict()) for model in teacher.models]
-        self._trained_with[trained_with.TEACHER] = " ".join(sorted(fingerprints))
+        self._trained_with.update(trained_with.of_teacher(teacher))
         return teacher
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
