@@ -114,7 +114,7 @@ def test_other_words_to_begin_anew_with_are_said(attempt, tmp_path):
     weights = ["--finetune-from-model", tmp_path / "student" / "checkpoint_last.pt"]
     result = attempt("--max-update", 1, *weights, save_dir=tmp_path / "other")
     assert result.returncode == 0
-    assert "the source dictionary is not the one that the checkpoint was trained with" in result.output
+    assert "the source dictionary is not that of the checkpoint: its embeddings" in result.output
     assert "the target dictionary" not in result.output
 
 

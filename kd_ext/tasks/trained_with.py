@@ -53,7 +53,7 @@ def warn_of_other_words(saved: Dict[str, str], now: Dict[str, str]) -> None:
     """For a run that begins anew from a checkpoint's weights, where other words can be what is wanted."""
     for side in (SOURCE, TARGET):
         if _differs(saved, now, side):
-            logger.warning("the %s is not the one that the checkpoint was trained with: its words move", side)
+            logger.warning("the %s is not that of the checkpoint: its embeddings now belong to other words", side)
 
 
 def _differs(saved: Dict[str, str], now: Dict[str, str], name: str) -> bool:
