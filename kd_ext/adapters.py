@@ -6,7 +6,6 @@ a fingerprint of the base that the adapters were trained on, and goes into no ot
 
 import argparse
 import os
-import tempfile
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from kd_ext.fingerprint import is_weight, model_fingerprint
 from kd_ext.models.extension_flags import SIDES, activation_key
 from kd_ext.modules.adapter import adapter_of
 from kd_ext.reading import explained
+from kd_ext.writing import written_whole
 
 FORMAT = "kd_ext adapter 1"
 # per side: what all adapters of a side have in common, saved as text
@@ -240,18 +240,11 @@ def _set(settings: Any, key: str, value: Any) -> None:
 
 
 def _write(content: Dict[str, Any], path: str) -> None:
-    """Write a file whole or not at all."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise ConfigError(f"{path}: no folder {folder}; make it first")
-    handle, part = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path), suffix=".part")
-    os.close(handle)
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    with written_whole(path) as file:
+        torch.save(content, file)
 
 
 if __name__ == "__main__":

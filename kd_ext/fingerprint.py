@@ -1,8 +1,8 @@
-"""A short name for what a model is made of: equal for equal weights, whatever file they came in."""
+"""Short names for weights and for dictionaries: equal for equal content, whatever file it came in."""
 
 import hashlib
 import re
-from typing import Dict
+from typing import Dict, Sequence
 
 import torch
 from torch import Tensor
@@ -34,3 +34,8 @@ def model_fingerprint(state_dict: Dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def dictionary_fingerprint(symbols: Sequence[str]) -> str:
+    """Of the words in their order: 16 hexadecimal digits. How often they were counted is left out."""
+    return hashlib.sha256("\n".join(symbols).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,11 +70,17 @@ class Forked:
 
     def kill_when(self, condition) -> None:
         """Kill -9 as soon as `condition()` holds; it must hold before the command ends."""
+        assert self.is_killed_when(condition), f"ended before it could be killed: {self.output}"
+
+    def is_killed_when(self, condition) -> bool:
+        """Kill -9 as soon as `condition()` holds; whether it did before the command ended."""
         while not condition():
-            assert self._process.is_alive(), f"ended before it could be killed: {self.output}"
-            time.sleep(0.005)
+            if not self._process.is_alive():
+                return False
+            time.sleep(0.0005)
         self._process.kill()
         self._process.join()
+        return self._process.exitcode == -signal.SIGKILL
 
     @property
     def output(self) -> str:

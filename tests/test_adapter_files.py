@@ -1,5 +1,6 @@
 """python -m kd_ext.adapters: list, export and merge."""
 
+import errno
 import pickle
 from argparse import Namespace
 
@@ -194,13 +195,12 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, trained, monkeypatch):
     tool.export(trained["hi"][0], "hi", str(file))
     before = file.read_bytes()
 
-    def full_disk(content, path):
-        with open(path, "wb") as part:
-            part.write(b"half")
-        raise OSError("no space left")
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ConfigError, match=f"^{file}: cannot be written: no space left$"):
         tool.export(trained["ta"][0], "ta", str(file))
     assert file.read_bytes() == before
     assert {p.name for p in tmp_path.iterdir()} == {"base.pt", "hi.pt", "ta.pt", "hi"}

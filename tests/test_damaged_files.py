@@ -1,7 +1,9 @@
 """Damaged and hostile files: an error of one line, or what was written, never anything else."""
 
 import copy
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -114,8 +116,29 @@ def test_generate_refuses_code_in_one_line(student, data, tmp_path):
     assert "run!" not in result.output
 
 
-def test_resuming_from_a_damaged_checkpoint_is_an_error(train, tmp_path):
+def test_resuming_from_a_checkpoint_cut_short(train, teacher, tmp_path):
+    """The message names the one that takes its place."""
+    content = teacher.read_bytes()
+    for age, (name, size) in enumerate([("_last", 0.9), ("_3_48", 0.5), ("3", 1), ("_2_32", 1)]):
+        path = tmp_path / f"checkpoint{name}.pt"
+        path.write_bytes(content[: int(len(content) * size)])
+        os.utime(path, (10**9 - age, 10**9 - age))
+    last, newest = tmp_path / "checkpoint_last.pt", tmp_path / "checkpoint3.pt"
+    flags = ["--criterion", "label_smoothed_cross_entropy", "--max-update", "41"]
+    result = train(tmp_path, *flags)
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {last}: damaged, cut short, or not a checkpoint of fairseq (")
+    assert result.last_line.endswith(f"; the newest whole one beside it is {newest}")
+    assert last.stat().st_size < len(content)
+    shutil.copy(newest, last)
+    result = train(tmp_path, *flags)
+    assert result.returncode == 0, result.output
+    assert "@ 40 updates" in result.output
+
+
+def test_resuming_from_the_only_checkpoint_cut_short(train, tmp_path):
     (tmp_path / "checkpoint_last.pt").write_bytes(b"half of a checkpoint")
     result = train(tmp_path, "--criterion", "label_smoothed_cross_entropy", "--max-update", "2")
     assert result.returncode != 0
     assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/checkpoint_last.pt: damaged, cut short, or not a")
+    assert result.last_line.endswith("; beside it is no whole one")

@@ -59,18 +59,25 @@ def test_state_goes_to_the_checkpoint_and_back():
         assert torch.equal(values, again["queues"][name])
 
 
-def test_a_smaller_queue_on_resume_keeps_the_newest(caplog):
-    run = Run("global_level", kd_rate=0.5, kd_queue_size=9)
+@pytest.mark.parametrize("size", [1, 9, 20, 24, 1000])
+def test_a_queue_of_another_size_on_resume_goes_on_from_the_newest(size):
+    run = Run("global_level", kd_rate=0.5, kd_queue_size=size)
     run.task.load_state_dict({"kd": {"strategy": "global_level", "queues": {"all": torch.arange(20.0)}}})
-    assert run.task.state_dict()["kd"]["queues"]["all"].tolist() == list(range(11, 20))
+    expected = list(range(20))[-size:]
+    assert run.task.state_dict()["kd"]["queues"]["all"].tolist() == expected
+    for tokens in (range(100, 103), range(200, 230)):
+        run.task.selector.select(torch.tensor(tokens, dtype=torch.float32), torch.zeros(len(tokens)).long())
+        run.task.selector.commit()
+        expected = (expected + list(tokens))[-size:]
+        assert run.task.state_dict()["kd"]["queues"]["all"].tolist() == expected
 
 
 @pytest.mark.parametrize("strategy", ["word_seq_level", "word_level", "batch_level"])
 def test_strategies_without_a_queue_save_nothing(strategy):
     run = Run(strategy, kd_rate=0.5)
-    assert run.task.state_dict() == {}
+    assert "kd" not in run.task.state_dict()
     run.task.load_state_dict({"kd": {"strategy": "global_level", "queues": {}}})
-    assert run.task.state_dict() == {}
+    assert "kd" not in run.task.state_dict()
 
 
 def test_a_sentence_without_a_tag_is_said_once(caplog):

@@ -120,3 +120,17 @@ def test_two_workers_resume_with_the_same_queues(data, teacher, tmp_path):
     whole, parts = (load(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "parts"))
     assert torch.equal(whole["task_state"]["kd"]["queues"]["all"], parts["task_state"]["kd"]["queues"]["all"])
     assert torch.equal(whole["model"]["decoder.embed_tokens.weight"], parts["model"]["decoder.embed_tokens.weight"])
+
+
+def test_a_worker_whose_shard_has_run_out(data, teacher, train, tmp_path):
+    """15 batches an epoch: in the 8th update the second worker has none. Its stand-in is in no queue."""
+    flags = [*KD, "--teacher-checkpoint-path", teacher, "--kd-strategy", "global_level", "--dropout", "0"]
+    # at a rate of 1 all tokens are selected, whatever is in the queue when a batch comes
+    flags += ["--kd-rate", "1", "--kd-queue-size", "100000", "--max-tokens", "220", "--max-update", "10"]
+    two = losses(run_two_workers(data, tmp_path / "two", *flags))
+    one = losses(train(tmp_path / "one", *flags, "--update-freq", "2").output)
+    assert len(one) == 10
+    np.testing.assert_allclose(two, one, atol=2e-3)
+    states = [load(tmp_path / name / "checkpoint_last.pt") for name in ("one", "two")]
+    queues = [state["task_state"]["kd"]["queues"]["all"] for state in states]
+    torch.testing.assert_close(queues[0], queues[1], rtol=1e-3, atol=1e-3)

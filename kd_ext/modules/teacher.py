@@ -25,11 +25,16 @@ class Teacher:
         models: encoder-decoders with ``get_normalized_probs``; their vocabularies are the student's
         projections: of each model that gives features by ``features_only=True``, its output projection; None for one
             that must be asked for the probabilities of all positions
+        identity: what tells it from other teachers
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], projections: Optional[Sequence[Optional[Projection]]] = None
+        self,
+        models: Sequence[nn.Module],
+        projections: Optional[Sequence[Optional[Projection]]] = None,
+        identity: str = "",
     ) -> None:
+        self.identity = identity
         self.models: List[Any] = [model.eval().requires_grad_(False) for model in models]
         self._projections = projections or [None] * len(self.models)
         self._placed = False

@@ -14,11 +14,13 @@ from kd_ext.errors import ConfigError
 from kd_ext.modules.cache_files import FLAG, CacheFiles, Listed, create, read_manifest
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.top_probs import TopProbs, top_probs
+from kd_ext.tasks.trained_with import of_dictionaries
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "kd_ext teacher cache 1"
 DEFAULT_TOP_K = 32
+_NAME_TEACHER = "name the teacher that fills it by --teacher-checkpoint-path"
 
 
 class TeacherSource(NamedTuple):
@@ -26,7 +28,7 @@ class TeacherSource(NamedTuple):
 
     Attributes:
         path: as it was given; None if it was not
-        identify: what tells it from other teachers
+        identify: reads what tells it from other teachers
         load: reads it
     """
 
@@ -49,8 +51,11 @@ class CachedTeacher:
         source: where the teacher comes from
         student_task: gives the dictionaries
 
+    Attributes:
+        identity: what tells the teacher from others
+
     Raises:
-        ConfigError: K is not from 1 to V
+        ConfigError: K is not from 1 to V, or there are no files and no teacher to fill them
     """
 
     def __init__(
@@ -61,10 +66,8 @@ class CachedTeacher:
             raise ConfigError(f"--teacher-cache-top-k {top_k}: out of range; a number from 1 to {len(words)}")
         self._folder, self._top_k, self._source = folder, top_k, source
         self._temperature, self._vocabulary, self._pad = temperature, len(words), words.pad()
-        self._dictionaries = {
-            "source_dictionary": _digest("\n".join(student_task.source_dictionary.symbols).encode()),
-            "target_dictionary": _digest("\n".join(words.symbols).encode()),
-        }
+        self._dictionaries = of_dictionaries(student_task.source_dictionary, words)
+        self.identity: str = source.identify() if source.path else self._recorded_identity()
         self._teacher: Optional[Teacher] = None
         self._place: Optional[Tuple[torch.device, torch.dtype]] = None
         self._files: CacheFiles
@@ -86,7 +89,7 @@ class CachedTeacher:
         found = read_manifest(folder)
         if not found:
             self._load_for(f"{FLAG} {folder}: there is no cache yet")
-            of_teacher = {"teacher": self._source.identify(), "teacher_path": self._source.path}
+            of_teacher = {"teacher": self.identity, "teacher_path": self._source.path}
             create(folder, {**expected, "top_k": self._top_k or DEFAULT_TOP_K, **of_teacher}, lengths)
             found = read_manifest(folder)
         self._compare(folder, found, expected)
@@ -157,10 +160,9 @@ class CachedTeacher:
 
     def _compare(self, folder: str, found: Dict[str, Any], expected: Dict[str, Any]) -> None:
         """Refuse files that are not what this run would have made."""
+        expected = {**expected, "teacher": self.identity}
         if self._top_k is not None:
             expected = {**expected, "top_k": self._top_k}
-        if self._source.path:
-            expected = {**expected, "teacher": self._source.identify()}
         differing = [key for key in expected if found.get(key) != expected[key]]
         if not differing and isinstance(found.get("top_k"), int):
             return
@@ -173,10 +175,16 @@ class CachedTeacher:
         what = key.replace("_", " ")
         raise ConfigError(f"{flag} {value}: the cache {folder} was made with other {what}; {remedy}, or another {FLAG}")
 
+    def _recorded_identity(self) -> str:
+        for folder in (self._folder, os.path.join(self._folder, "0")):  # of the whole training set, of its first part
+            if os.path.exists(folder) and "teacher" in read_manifest(folder):
+                return str(read_manifest(folder)["teacher"])
+        raise ConfigError(f"{FLAG} {self._folder}: there is no cache yet; {_NAME_TEACHER}")
+
     def _load_for(self, reason: str) -> None:
         if self._teacher is None:
             if not self._source.path:
-                raise ConfigError(f"{reason}; name the teacher that fills it by --teacher-checkpoint-path")
+                raise ConfigError(f"{reason}; {_NAME_TEACHER}")
             self._teacher = self._source.load()
 
     def _refuse_damage(self, ids: np.ndarray) -> None:

@@ -4,7 +4,7 @@ import inspect
 import logging
 import os
 from argparse import Namespace
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from fairseq import checkpoint_utils, tasks, utils
@@ -21,6 +21,7 @@ from kd_ext.models.output_projection import NoProjectionError, find_projection
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
+from kd_ext.tasks import trained_with
 from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ def load_teacher(checkpoint_path: Optional[str], overrides: str, user_dir: Optio
     if user_dir is not None:
         _import_user_dir(user_dir)
     with random_state_kept():  # building a model draws its initial weights
-        models = [_load_one(path, settings, student_task) for path in utils.split_paths(checkpoint_path)]
-    return Teacher(models, [_find_projection(model) for model in models])
+        loaded = [_load_one(path, settings, student_task) for path in utils.split_paths(checkpoint_path)]
+    models, fingerprints = zip(*loaded)
+    return Teacher(models, [_find_projection(model) for model in models], _identity(fingerprints, settings))
 
 
 def identify_teacher(checkpoint_path: str, overrides: str) -> str:
@@ -64,9 +66,12 @@ def identify_teacher(checkpoint_path: str, overrides: str) -> str:
     """
     settings = parse_overrides("--teacher-model-overrides", overrides)
     paths = utils.split_paths(checkpoint_path)
-    weights = [model_fingerprint(_read_checkpoint(path, settings)["model"]) for path in paths]
-    settings.pop("data", None)  # where dictionaries are, which are compared
-    return ":".join(weights) + (f" with {settings}" if settings else "")
+    return _identity([model_fingerprint(_read_checkpoint(path, settings)["model"]) for path in paths], settings)
+
+
+def _identity(fingerprints: Sequence[str], settings: Dict[str, Any]) -> str:
+    others = {key: value for key, value in settings.items() if key != "data"}  # where dictionaries are
+    return " ".join(sorted(fingerprints)) + (f" with {others}" if others else "")
 
 
 def _find_projection(model: torch.nn.Module) -> Optional[Projection]:
@@ -86,15 +91,18 @@ def _import_user_dir(user_dir: str) -> None:
         ) from None
 
 
-def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.nn.Module:
+def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[torch.nn.Module, str]:
+    """The model, and the fingerprint of its weights."""
     state = _read_checkpoint(path, settings)
     cfg = state["cfg"]
     _check_registered(path, "task", cfg.task._name, TASK_REGISTRY)
     _check_registered(path, "architecture", cfg.model._name, {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY})
     _point_at_dictionaries(path, settings, cfg.task, student_task)
     task = tasks.setup_task(cfg.task)
+    _check_recorded(path, cfg.task.data, task, state)
     _compare_dictionaries(path, "source", task.source_dictionary, student_task.source_dictionary)
     _compare_dictionaries(path, "target", task.target_dictionary, student_task.target_dictionary)
+    fingerprint = model_fingerprint(state["model"])
     model = _build_model(path, task, cfg.model, state)
     _check_lengths(path, model, student_task)
     logger.info(
@@ -105,7 +113,7 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> torch.n
         next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
     )
     state["model"].clear()  # what upgrades it for fairseq leaves a cycle of references, with all its tensors
-    return model
+    return model, fingerprint
 
 
 def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
@@ -157,6 +165,17 @@ def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, stude
         f"{FLAG} {path}: no {names[0]} and {names[1]} in {' or '.join(folders)}; "
         "name their folder by --teacher-model-overrides \"{'data': 'folder'}\""
     )
+
+
+def _check_recorded(path: str, folder: str, task: Any, state: Dict[str, Any]) -> None:
+    """See that the dictionaries in `folder` are the teacher's; only ``translation_with_kd`` records which those are."""
+    recorded = (state.get("task_state") or {}).get("trained_with", {})
+    for side, found in trained_with.of_dictionaries(task.source_dictionary, task.target_dictionary).items():
+        if recorded.get(side, found) != found:
+            raise ConfigError(
+                f"{FLAG} {path}: the {side} in {folder} is not the one that it was trained with; name the folder of "
+                "its own by --teacher-model-overrides \"{'data': 'folder'}\""
+            )
 
 
 def _compare_dictionaries(path: str, side: str, teacher: Dictionary, student: Dictionary) -> None:

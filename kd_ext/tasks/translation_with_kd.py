@@ -13,6 +13,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from kd_ext.errors import ConfigError
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
+from kd_ext.tasks import trained_with
 from kd_ext.tasks.cached_teacher import CachedTeacher, TeacherSource
 from kd_ext.tasks.load_teacher import identify_teacher, load_teacher
 
@@ -75,6 +76,7 @@ class TranslationWithKDTask(TranslationTask):
         self.selector: Optional[TokenSelector] = None
         self._builds_student = False
         self._cached_teacher: Optional[CachedTeacher] = None
+        self._trained_with = trained_with.of_dictionaries(src_dict, tgt_dict)
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
@@ -104,7 +106,9 @@ class TranslationWithKDTask(TranslationTask):
         """Load what ``--teacher-checkpoint-path`` names; None if there is no training to come."""
         if not self._builds_student:
             return None
-        return self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._load_teacher()
+        teacher = self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._load_teacher()
+        self._trained_with[trained_with.TEACHER] = teacher.identity
+        return teacher
 
     def open_cache(self, temperature: float) -> CachedTeacher:
         """The cache in ``--teacher-cache-dir``. Its teacher is loaded together with the training set, if need be."""
@@ -144,13 +148,31 @@ class TranslationWithKDTask(TranslationTask):
             self.selector.commit()
 
     def state_dict(self) -> Dict[str, Any]:
-        state = dict(super().state_dict())
+        state = {**super().state_dict(), "trained_with": self._trained_with}
         if self.selector is not None and self.selector.needs_queue:
             state["kd"] = {"strategy": self.cfg.kd_strategy, "queues": self.selector.state_dict()}
         return state
 
+    def check_state(self, state_dict: Dict[str, Any], resumes: bool) -> None:
+        """See that the teacher and the dictionaries are those of a checkpoint, before anything of it is used.
+
+        Args:
+            state_dict: the task's state in the checkpoint
+            resumes: the run is to go on where the checkpoint ends, and not to begin anew from its weights
+
+        Raises:
+            ConfigError: it is to go on, and something differs
+        """
+        saved = state_dict.get("trained_with", {})
+        if resumes:
+            trained_with.check_same(saved, self._trained_with, self.cfg)
+        else:
+            trained_with.warn_of_other_words(saved, self._trained_with)
+
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        self.check_state(state_dict, resumes=True)
         state = dict(state_dict)
+        state.pop("trained_with", None)
         saved = state.pop("kd", None)
         super().load_state_dict(state)
         if self.selector is None or not self.selector.needs_queue:

@@ -12,7 +12,8 @@ def apply() -> None:
 
     fairseq writes ``task_state`` into every checkpoint, but its trainer never reads it (0.12.2, and git main).
     The state is restored with the optimizer's, and dropped with it under ``--reset-optimizer`` and
-    ``--finetune-from-model``.
+    ``--finetune-from-model``. The task is first asked (``check_state``) whether it can go on from there: once weights
+    are loaded, other dictionaries are reported as another architecture or, if they are as long, not at all.
     """
     original = Trainer.load_checkpoint
     if getattr(original, "_kd_ext", False):
@@ -28,6 +29,7 @@ def apply() -> None:
         def read_and_keep(*read_args, **read_kwargs):
             state = read(*read_args, **read_kwargs)
             found["task_state"] = state.get("task_state", {})
+            self.task.check_state(found["task_state"], resumes=not reset_optimizer)
             return state
 
         checkpoint_utils.load_checkpoint_to_cpu = read_and_keep

@@ -1,0 +1,55 @@
+"""What of a run's surroundings must not change in mid-training: a record of it, which goes into every checkpoint."""
+
+import logging
+from typing import Dict
+
+from fairseq.data import Dictionary
+
+from kd_ext.errors import ConfigError
+from kd_ext.fingerprint import dictionary_fingerprint
+
+logger = logging.getLogger(__name__)
+
+TEACHER, SOURCE, TARGET = "teacher", "source dictionary", "target dictionary"
+_FLAGS = {SOURCE: "--srcdict", TARGET: "--tgtdict"}
+
+
+def of_dictionaries(source: Dictionary, target: Dictionary) -> Dict[str, str]:
+    return {SOURCE: dictionary_fingerprint(source.symbols), TARGET: dictionary_fingerprint(target.symbols)}
+
+
+def check_same(saved: Dict[str, str], now: Dict[str, str], cfg) -> None:
+    """Compare the fingerprints of a checkpoint with those of the run that is to go on from it.
+
+    What only one of them has is not compared: ``--alpha 0`` needs no teacher.
+
+    Args:
+        cfg: the task's settings, for the messages
+
+    Raises:
+        ConfigError: something differs
+    """
+    if _differs(saved, now, TEACHER):
+        path, cache = cfg.teacher_checkpoint_path, cfg.teacher_cache_dir
+        raise ConfigError(
+            f"{f'--teacher-checkpoint-path {path}' if path else f'--teacher-cache-dir {cache}'}: not the teacher that the checkpoint was trained "
+            f"with (weights {now[TEACHER]}, then {saved[TEACHER]}); name that one, or begin anew from the student's "
+            "weights with this one: --finetune-from-model CHECKPOINT and another --save-dir, or --reset-optimizer"
+        )
+    for side in (SOURCE, TARGET):
+        if _differs(saved, now, side):
+            raise ConfigError(
+                f"{cfg.data}: its {side} is not the one that the checkpoint was trained with; preprocess the data with "
+                f"that one (fairseq-preprocess {_FLAGS[side]})"
+            )
+
+
+def warn_of_other_words(saved: Dict[str, str], now: Dict[str, str]) -> None:
+    """For a run that begins anew from a checkpoint's weights, where other words can be what is wanted."""
+    for side in (SOURCE, TARGET):
+        if _differs(saved, now, side):
+            logger.warning("the %s is not that of the checkpoint: its embeddings now belong to other words", side)
+
+
+def _differs(saved: Dict[str, str], now: Dict[str, str], name: str) -> bool:
+    return name in saved and name in now and saved[name] != now[name]

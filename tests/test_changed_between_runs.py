@@ -1,0 +1,129 @@
+"""A teacher or a dictionary that is another when a run is resumed: said in one line, before anything is trained."""
+
+import shutil
+
+import pytest
+import torch
+from commands import PLUGIN, run
+from conftest import KD, SIZES, TRAINING, load, strategy_flags
+from test_resume import assert_same_run
+
+BEGIN_ANEW = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
+
+
+@pytest.fixture
+def attempt(data, tmp_path):
+    """Runs fairseq-train with a copy of the data, and with a teacher if there is one at ``tmp_path/teacher``."""
+    (tmp_path / "teacher").mkdir()
+    shutil.copytree(data, tmp_path / "data")
+    teacher = tmp_path / "teacher" / "model.pt"
+
+    def attempt(*flags, save_dir=tmp_path / "student"):
+        distilled = ["--teacher-checkpoint-path", teacher, *strategy_flags("global_level")]
+        flags = [*flags, *(distilled if teacher.exists() else ["--alpha", "0"])]
+        command = [tmp_path / "data", *TRAINING, "--arch", "transformer", *SIZES, *KD, "--save-dir", save_dir]
+        return run(tmp_path / "log", "fairseq-train", *command, *flags)
+
+    return attempt
+
+
+def test_another_teacher(attempt, teacher, student, tmp_path):
+    file = tmp_path / "teacher" / "model.pt"
+    shutil.copy(teacher, file)
+    assert attempt("--max-update", 10, save_dir=tmp_path / "whole").returncode == 0
+    assert attempt("--max-update", 5).returncode == 0
+    before = (tmp_path / "student" / "checkpoint_last.pt").read_bytes()
+
+    shutil.copy(student, file)
+    result = attempt("--max-update", 10)
+    assert result.returncode != 0
+    expected = f"kd_ext: error: --teacher-checkpoint-path {file}: not the teacher that the checkpoint was trained "
+    assert result.last_line.startswith(expected)
+    assert "--finetune-from-model CHECKPOINT" in result.last_line
+    assert (tmp_path / "student" / "checkpoint_last.pt").read_bytes() == before
+    # the two ways that the message names
+    first, second = tmp_path / "first", tmp_path / "second"
+    weights = ["--finetune-from-model", tmp_path / "student" / "checkpoint_last.pt"]
+    assert attempt("--max-update", 2, *weights, save_dir=first).returncode == 0
+    shutil.copytree(tmp_path / "student", second)
+    assert attempt("--max-update", 2, *BEGIN_ANEW, save_dir=second).returncode == 0
+    for save_dir in (first, second):  # they go on from there by themselves
+        result = attempt("--max-update", 3, save_dir=save_dir)
+        assert result.returncode == 0, result.output
+        assert "@ 2 updates" in result.output
+
+    # the teacher that it was, saved anew: other bytes, the same weights
+
+    torch.save(load(teacher), file)
+    assert file.read_bytes() != teacher.read_bytes()
+    assert attempt("--max-update", 10).returncode == 0
+    assert_same_run(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "student" / "checkpoint_last.pt")
+
+
+def swap(lines):
+    return [lines[1], lines[0], *lines[2:]]
+
+
+def lengthen(lines):
+    return [*lines, "another 1"]
+
+
+def count_anew(lines):
+    return [f"{line.split()[0]} {i}" for i, line in enumerate(lines)]
+
+
+def change(tmp_path, side, how):
+    file = tmp_path / "data" / f"dict.{side}.txt"
+    file.write_text("\n".join(how(file.read_text().splitlines())) + "\n")
+
+
+@pytest.mark.parametrize(("side", "name", "flag"), [("src", "source", "--srcdict"), ("tgt", "target", "--tgtdict")])
+def test_other_dictionaries(attempt, tmp_path, side, name, flag):
+    assert attempt("--max-update", 3).returncode == 0
+    change(tmp_path, side, count_anew)
+    assert attempt("--max-update", 4).returncode == 0
+    before = (tmp_path / "student" / "checkpoint_last.pt").read_bytes()
+    for how in (swap, lengthen):
+        change(tmp_path, side, how)
+        result = attempt("--max-update", 5)
+        assert result.returncode != 0
+        expected = f"kd_ext: error: {tmp_path}/data: its {name} dictionary is not the one that the checkpoint was "
+        assert result.last_line.startswith(expected)
+        assert flag in result.last_line
+        assert "Traceback" not in result.output
+        assert (tmp_path / "student" / "checkpoint_last.pt").read_bytes() == before
+
+
+def test_a_teacher_beside_other_dictionaries(attempt, student, tmp_path):
+    """One that this task has trained knows which are its own; without that, both sides would be wrong alike."""
+    shutil.copy(student, tmp_path / "teacher" / "model.pt")
+    overrides = ["--teacher-model-overrides", f"{{'data': '{tmp_path}/data'}}"]
+    assert attempt("--max-update", 1, *overrides).returncode == 0
+    change(tmp_path, "tgt", swap)
+    result = attempt("--max-update", 1, *overrides, save_dir=tmp_path / "other")
+    assert result.returncode != 0
+    expected = (
+        f"{tmp_path}/teacher/model.pt: the target dictionary in {tmp_path}/data is not the one that it was trained"
+    )
+    assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {expected}")
+
+
+def test_other_words_to_begin_anew_with_are_said(attempt, tmp_path):
+    assert attempt("--max-update", 3).returncode == 0
+    change(tmp_path, "src", swap)
+    weights = ["--finetune-from-model", tmp_path / "student" / "checkpoint_last.pt"]
+    result = attempt("--max-update", 1, *weights, save_dir=tmp_path / "other")
+    assert result.returncode == 0
+    assert "the source dictionary is not that of the checkpoint: its embeddings" in result.output
+    assert "the target dictionary" not in result.output
+
+
+def test_validating_with_other_dictionaries(attempt, tmp_path):
+    assert attempt("--max-update", 3).returncode == 0
+    flags = [tmp_path / "data", *PLUGIN, "--task", "translation_with_kd", "--cpu", "--max-tokens", "400"]
+    flags += ["--path", tmp_path / "student" / "checkpoint_last.pt"]
+    assert run(tmp_path / "log", "fairseq-validate", *flags).returncode == 0
+    change(tmp_path, "tgt", swap)
+    result = run(tmp_path / "log", "fairseq-validate", *flags)
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/data: its target dictionary is not the one that ")
