@@ -139,20 +139,6 @@ def test_an_interrupted_step_is_not_done(tmp_path, resumes, setting, half):
     assert not (tmp_path / "step.partial").exists()
 
 
-def test_a_checkpoint_cut_short_is_replaced(tmp_path):
-    last = tmp_path / recipes.CHECKPOINT
-    run.mend_checkpoint(tmp_path)
-    assert not last.exists()
-    for age, name in enumerate(("checkpoint_1_150.pt", "checkpoint_1_100.pt")):
-        with zipfile.ZipFile(tmp_path / name, "w") as file:
-            file.writestr("data", name)
-        os.utime(tmp_path / name, (100 - age, 100 - age))
-    newest = (tmp_path / "checkpoint_1_150.pt").read_bytes()
-    last.write_bytes(newest[:-10])
-    run.mend_checkpoint(tmp_path)
-    assert last.read_bytes() == newest
-
-
 def test_a_failed_command_shows_its_last_lines_and_its_log(tmp_path):
     commands = Commands(tmp_path)
     program = "import sys; print(*range(100), sep='\\n'); sys.exit(3)"

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -146,23 +144,7 @@ def preprocess(commands: Commands, language: Optional[str], folder: Path) -> Non
 
 def train(commands: Commands, model: recipes.Model, updates: int, folder: Path) -> None:
     """Train `model`, from the newest checkpoint in `folder` if there is one."""
-    mend_checkpoint(folder)
     commands.run(model.name, recipes.train(model, updates, folder.name), updates, recipes.update_of)
-
-
-def mend_checkpoint(folder: Path) -> None:
-    """Put the newest numbered checkpoint in the place of a last one that is missing or cut short.
-
-    fairseq writes a numbered checkpoint under a temporary name, but then copies it onto the last one in
-    place, and a kill may come in between.
-    """
-    last = folder / recipes.CHECKPOINT
-    if zipfile.is_zipfile(last):
-        return
-    last.unlink(missing_ok=True)
-    numbered = sorted(folder.glob("checkpoint_*_*.pt"), key=lambda path: path.stat().st_mtime)
-    if numbered:
-        shutil.copyfile(numbered[-1], last)
 
 
 def translate(commands: Commands, model: recipes.Model, folder: Path) -> None:
