@@ -17,7 +17,7 @@ from fairseq.logging import metrics
 
 from kd_ext.errors import ConfigError
 from kd_ext.models.output_projection import NoProjectionError, Projection, find_projection
-from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll
+from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll, of_tokens
 from kd_ext.modules.collectives import all_gather_concat
 from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
 from kd_ext.modules.language_tags import LanguageTags
@@ -191,27 +191,26 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
 
     def _lean_terms(self, model, batch: "_Batch") -> "_Terms":
         """The same from the features, by chunks of tokens."""
-        # Only gates need the student's losses. Else the teacher is first: its pass and the student's activations,
-        # which are kept for the backward pass, are then not in memory together.
-        # The losses cost a gate one matrix product beside the loss's three. With the golden gradient made in that
-        # pass, and the distilled rows in another, it would be 3 + 3 x rate: more, but for rates under a third.
-        is_gated = self.distilled_weight > 0 and self.selector.needs_rate
-        if not is_gated:
-            selection, teacher = self._teach(batch.target.new_zeros(len(batch.target)).float(), batch)
+        # The teacher is first, so that what its pass needs and the student's activations, which are kept for the
+        # backward pass, are not in memory together.
+        is_distilled = self.distilled_weight > 0
+        teacher = self.teacher.output(batch.sample, batch.real) if is_distilled else []
         features, _ = model(**batch.sample["net_input"], features_only=True)
         student = self._projection(features[batch.real])  # n x d
-        if is_gated:
-            selection, teacher = self._teach(chunked_nll(student, batch.target), batch)
+        if is_distilled:
+            # Only gates need to know the losses before the tokens are selected: one matrix product beside the loss's
+            # three. With the golden gradient made in that pass, and that of the selected rows in another, it would be
+            # 3 + 3 x rate: more, but for rates under a third.
+            gated = self.selector.needs_rate
+            nll = chunked_nll(student, batch.target) if gated else batch.target.new_zeros(len(batch.target)).float()
+            selection = self._select(nll, batch)
+            if not selection.mask.all():
+                teacher = of_tokens(teacher, selection.mask)
+        else:
+            selection = Selection(torch.zeros_like(batch.target, dtype=torch.bool), torch.empty(0))
         weights = Weights(self.golden_weight, self.distilled_weight, self.eps, self.temperature)
         loss = chunked_loss(student, batch.target, selection.mask, teacher, weights)
         return _Terms(*loss, selection)
-
-    def _teach(self, nll, batch: "_Batch"):
-        """The selected tokens, and what the teacher says of them."""
-        if self.distilled_weight == 0:
-            return Selection(torch.zeros_like(batch.target, dtype=torch.bool), torch.empty(0)), []
-        selection = self._select(nll, batch)
-        return selection, self.teacher.output(batch.sample, batch.positions(selection))
 
     def _batch(self, sample) -> "_Batch":
         real = sample["target"].ne(self.padding_idx)

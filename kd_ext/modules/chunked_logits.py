@@ -34,6 +34,10 @@ class LinearLogits(NamedTuple):
         """All of them, shape ``(n, V)``."""
         return F.linear(self.features, self.weight, self.bias)
 
+    def of(self, tokens: Tensor) -> "LinearLogits":
+        """Those of some tokens: a mask, shape ``(n,)``, bool."""
+        return self._replace(features=self.features[tokens])
+
 
 class GivenLogits(NamedTuple):
     """Logits that are there, up to a constant in each row, as log-probabilities are: shape ``(n, V)``."""
@@ -42,6 +46,10 @@ class GivenLogits(NamedTuple):
 
     def logits(self) -> Tensor:
         return self.given
+
+    def of(self, tokens: Tensor) -> "GivenLogits":
+        """Those of some tokens: a mask, shape ``(n,)``, bool."""
+        return GivenLogits(self.given[tokens])
 
 
 TeacherLogits = Union[LinearLogits, GivenLogits]

@@ -29,6 +29,11 @@ from kd_ext.modules.top_probs import ListedChunks, TopProbs
 TeacherOutput = Union[Sequence[TeacherLogits], TopProbs]
 
 
+def of_tokens(teacher: TeacherOutput, mask: Tensor) -> TeacherOutput:
+    """What is known at the tokens where `mask` is true, shape ``(m,)``, bool."""
+    return teacher.of(mask) if isinstance(teacher, TopProbs) else [logits.of(mask) for logits in teacher]
+
+
 class Weights(NamedTuple):
     """What the loss of a token is: ``golden * smoothed_i + distilled * kd_i``, the latter where it is selected.
 

@@ -31,10 +31,11 @@ def check_same(saved: Dict[str, str], now: Dict[str, str], cfg) -> None:
     """
     if _differs(saved, now, TEACHER):
         path, cache = cfg.teacher_checkpoint_path, cfg.teacher_cache_dir
+        flag = f"--teacher-checkpoint-path {path}" if path else f"--teacher-cache-dir {cache}"
         raise ConfigError(
-            f"{f'--teacher-checkpoint-path {path}' if path else f'--teacher-cache-dir {cache}'}: not the teacher that the checkpoint was trained "
-            f"with (weights {now[TEACHER]}, then {saved[TEACHER]}); name that one, or begin anew from the student's "
-            "weights with this one: --finetune-from-model CHECKPOINT and another --save-dir, or --reset-optimizer"
+            f"{flag}: not the teacher that the checkpoint was trained with (weights {now[TEACHER]}, then "
+            f"{saved[TEACHER]}); name that one, or begin anew from the student's weights with this one: "
+            "--finetune-from-model CHECKPOINT and another --save-dir, or --reset-optimizer"
         )
     for side in (SOURCE, TARGET):
         if _differs(saved, now, side):
