@@ -87,8 +87,8 @@ class Killer:
         assert_same_run(self._folder / "whole" / "checkpoint_last.pt", save_dir / "checkpoint_last.pt")
 
     def _a_moment(self, save_dir: Path):
-        """A condition that comes true at a random moment; with luck not before the end."""
-        moment = time.monotonic() + self._rng.uniform(0, self._seconds)
+        """A condition that comes true at a random moment, mostly before the end; the later ones are met on the way."""
+        moment = time.monotonic() + self._rng.uniform(0, 0.6 * self._seconds)
         if len(self.kills) % 2 == 0:
             return lambda: time.monotonic() > moment
         delay = self._rng.uniform(0, self._saving_seconds)
