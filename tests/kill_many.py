@@ -77,7 +77,7 @@ class Killer:
         while True:
             left = files(save_dir, "*.tmp")  # by the run before: this one removes it before it trains
             process = Forked(save_dir / "log", "fairseq-train", *self._command, "--save-dir", save_dir)
-            if not process.is_killed_when(self._a_moment(save_dir)):
+            if not process.is_killed_when(self._a_moment(process, save_dir)):
                 break
             is_in_saving = bool(files(save_dir, "*.tmp") - left)
             self.kills.append(self._look(save_dir, process.output, is_in_saving))
@@ -86,24 +86,26 @@ class Killer:
         assert not list(save_dir.glob("*.tmp"))
         assert_same_run(self._folder / "whole" / "checkpoint_last.pt", save_dir / "checkpoint_last.pt")
 
-    def _a_moment(self, save_dir: Path):
-        """A condition that comes true at a random moment, mostly before the end; the later ones are met on the way."""
-        moment = time.monotonic() + self._rng.uniform(0, 0.6 * self._seconds)
-        if len(self.kills) % 2 == 0:
-            return lambda: time.monotonic() > moment
-        delay = self._rng.uniform(0, self._saving_seconds)
+    def _a_moment(self, process: Forked, save_dir: Path):
+        """A condition that comes true at a random moment: while the run starts, or some updates later."""
+        updates, is_in_saving = self._rng.choice([0, 1, 2, 3, 4]), len(self.kills) % 2 == 1
+        delay = self._rng.uniform(0, self._saving_seconds if is_in_saving else self._seconds / UPDATES)
+        if updates == 0 and not is_in_saving:
+            delay = self._rng.uniform(0, self._seconds / 4)
         before, begin = None, None
 
-        def is_saving():
+        def has_come():
             nonlocal before, begin
-            if time.monotonic() < moment:
-                return False
             if begin is None:
+                if process.output.count("num_updates=") < updates:
+                    return False
                 before = before or files(save_dir, "*.pt*")
-                begin = None if files(save_dir, "*.pt*") == before else time.monotonic()
-            return begin is not None and time.monotonic() > begin + delay
+                if is_in_saving and files(save_dir, "*.pt*") == before:
+                    return False
+                begin = time.monotonic()
+            return time.monotonic() > begin + delay
 
-        return is_saving
+        return has_come
 
     def _look(self, save_dir: Path, output: str, is_in_saving: bool) -> Kill:
         """Every checkpoint must be whole, whatever was going on."""
