@@ -22,7 +22,9 @@ from test_resume import assert_same_run
 UPDATES = 24  # one epoch of 16, and half of the next
 # saved after every update, and copied twice, with validation between: saving has a large share of the time
 SAVING = ["--save-interval-updates", "1", "--keep-interval-updates", "2", "--keep-last-epochs", "1"]
-FLAGS = [*strategy_flags("global_language_wise"), *SAVING, "--dropout", "0.1", "--max-update", UPDATES]
+# large enough for a file to be met half written
+WIDE = [f"--{side}-{dim}" for side in ("encoder", "decoder") for dim in ("embed-dim=128", "ffn-embed-dim=512")]
+FLAGS = [*strategy_flags("global_language_wise"), *WIDE, *SAVING, "--dropout", "0.1", "--max-update", UPDATES]
 
 
 class Kill(NamedTuple):
@@ -64,6 +66,8 @@ class Killer:
         result = run(folder / "log", "fairseq-train", *self._command, "--save-dir", folder / "whole")
         self._seconds = time.monotonic() - begin
         assert result.returncode == 0, result.output
+        saved = [float(x) for x in re.findall(r"writing took ([\d.e-]+) seconds", result.output)]
+        self._saving_seconds = sorted(saved)[len(saved) // 2]
 
     def run_to_the_end(self) -> None:
         """Kill and restart one run until it ends by itself; it must then be the run that was never killed."""
@@ -71,23 +75,37 @@ class Killer:
         save_dir = self._folder / f"run{self.runs}"
         save_dir.mkdir()
         while True:
-            left = parts(save_dir)  # by the run before: this one removes it before it trains
+            left = files(save_dir, "*.tmp")  # by the run before: this one removes it before it trains
             process = Forked(save_dir / "log", "fairseq-train", *self._command, "--save-dir", save_dir)
-            is_saving = lambda: bool(parts(save_dir) - left)  # noqa: E731, B023
-            if not process.is_killed_when(self._a_moment(is_saving)):
+            if not process.is_killed_when(self._a_moment(process, save_dir)):
                 break
-            self.kills.append(self._look(save_dir, process.output, is_saving()))
+            is_in_saving = bool(files(save_dir, "*.tmp") - left)
+            self.kills.append(self._look(save_dir, process.output, is_in_saving))
         result = process.wait()
         assert result.returncode == 0, result.output
         assert not list(save_dir.glob("*.tmp"))
         assert_same_run(self._folder / "whole" / "checkpoint_last.pt", save_dir / "checkpoint_last.pt")
 
-    def _a_moment(self, is_saving):
-        """A condition that comes true at a random moment; with luck not before the end."""
-        moment = time.monotonic() + self._rng.uniform(0, self._seconds)
-        if len(self.kills) % 2 == 0:
-            return lambda: time.monotonic() > moment
-        return lambda: time.monotonic() > moment and is_saving()
+    def _a_moment(self, process: Forked, save_dir: Path):
+        """A condition that comes true at a random moment: while the run starts, or some updates later."""
+        updates, is_in_saving = self._rng.choice([0, 1, 2, 3, 4]), len(self.kills) % 2 == 1
+        delay = self._rng.uniform(0, self._saving_seconds if is_in_saving else self._seconds / UPDATES)
+        if updates == 0 and not is_in_saving:
+            delay = self._rng.uniform(0, self._seconds / 4)
+        before, begin = None, None
+
+        def has_come():
+            nonlocal before, begin
+            if begin is None:
+                if process.output.count("num_updates=") < updates:
+                    return False
+                before = before or files(save_dir, "*.pt*")
+                if is_in_saving and files(save_dir, "*.pt*") == before:
+                    return False
+                begin = time.monotonic()
+            return time.monotonic() > begin + delay
+
+        return has_come
 
     def _look(self, save_dir: Path, output: str, is_in_saving: bool) -> Kill:
         """Every checkpoint must be whole, whatever was going on."""
@@ -99,12 +117,12 @@ class Killer:
         return Kill(done, saved, is_in_saving)
 
 
-def parts(save_dir: Path):
-    """The files that are being written, or that a killed run has left so."""
+def files(save_dir: Path, pattern: str):
+    """Names, times and sizes."""
     found = set()
-    for path in save_dir.glob("*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # it has got its name
-            found.add((path.name, path.stat().st_mtime_ns))
+    for path in save_dir.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # it has got another name
+            found.add((path.name, path.stat().st_mtime_ns, path.stat().st_size))
     return found
 
 
