@@ -20,6 +20,7 @@ from kd_ext.models.extension_flags import SIDES, activation_key
 from kd_ext.models.layers import is_dead
 from kd_ext.modules.adapter import adapter_of
 from kd_ext.reading import explained
+from kd_ext.safe_loading import load
 
 FORMAT = "kd_ext adapter 1"
 # per side: what all adapters of a side have in common, saved as text
@@ -213,10 +214,10 @@ def _use_our_architecture(path: str, settings: Any) -> None:
 
 
 def _read_checkpoint(path: str) -> Dict[str, Any]:
-    """A checkpoint as fairseq wrote it, trusted as far as fairseq trusts it."""
+    """A checkpoint as fairseq wrote it."""
     try:
         with explained(path, "checkpoint of fairseq"):
-            state = torch.load(path, map_location="cpu")
+            state = load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a checkpoint that fairseq-train wrote") from None
     if not isinstance(state, dict) or "model" not in state or not _settings(state):
@@ -227,7 +228,7 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
 def _read_adapter(path: str) -> Dict[str, Any]:
     try:
         with explained(path, "file of adapters"):
-            file = torch.load(path, map_location="cpu", weights_only=True)
+            file = load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one that export wrote") from None
     if not isinstance(file, dict) or file.get("format") != FORMAT:
