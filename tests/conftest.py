@@ -25,6 +25,16 @@ STRATEGIES = {
 }
 
 
+def _half_on_cpu():
+    try:
+        return (torch.ones(1, 1).half() @ torch.ones(1, 1).half()).item() == 1
+    except RuntimeError:
+        return False
+
+
+needs_half = pytest.mark.skipif(not _half_on_cpu(), reason="torch < 2.1 has no half precision on a CPU")
+
+
 def strategy_flags(strategy):
     return ["--kd-strategy", strategy, *STRATEGIES[strategy]]
 
