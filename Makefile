@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo demo-short test lint bench clean
+.PHONY: demo demo-short test matrix lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo/run.py
@@ -14,6 +14,10 @@ demo-short: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto
+
+# the tests on every Python that this machine has, from 3.8 on, with old and new torch
+matrix: .venv/ready
+	$(BIN)/nox
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -26,6 +30,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/adapter_tuning.py
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/report.py
 
 # pip >= 24.1 refuses omegaconf 2.0.6, which fairseq needs
@@ -37,4 +42,4 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv demo-run demo-short
+	rm -rf .venv .nox demo-run demo-short

@@ -17,6 +17,7 @@ from kd_ext.fingerprint import is_weight, model_fingerprint
 from kd_ext.models.extension_flags import SIDES, activation_key
 from kd_ext.modules.adapter import adapter_of
 from kd_ext.reading import explained
+from kd_ext.safe_loading import load
 from kd_ext.writing import written_whole
 
 FORMAT = "kd_ext adapter 1"
@@ -200,10 +201,10 @@ def _use_our_architecture(path: str, settings: Any) -> None:
 
 
 def _read_checkpoint(path: str) -> Dict[str, Any]:
-    """A checkpoint as fairseq wrote it, trusted as far as fairseq trusts it."""
+    """A checkpoint as fairseq wrote it."""
     try:
         with explained(path, "checkpoint of fairseq"):
-            state = torch.load(path, map_location="cpu")
+            state = load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a checkpoint that fairseq-train wrote") from None
     if not isinstance(state, dict) or "model" not in state or not _settings(state):
@@ -214,7 +215,7 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
 def _read_adapter(path: str) -> Dict[str, Any]:
     try:
         with explained(path, "file of adapters"):
-            file = torch.load(path, map_location="cpu", weights_only=True)
+            file = load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one that export wrote") from None
     if not isinstance(file, dict) or file.get("format") != FORMAT:

@@ -31,7 +31,7 @@ active = {
     "A": hasattr(dataclasses._get_field, "_kd_ext"),
     "B": hasattr(FileFinder, "find_module"),
     "C": "typing.io" in sys.modules,
-    "D": Namespace in safe_globals,
+    "D": (Namespace, "argparse.Namespace") in safe_globals,
     "E": hasattr(TransformerEncoderLayerBase.__init__, "_kd_ext"),
 }
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

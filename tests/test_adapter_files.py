@@ -10,6 +10,7 @@ from tiny_models import SIDES, adapters, batch, build_from, dictionary, logits, 
 
 from kd_ext import adapters as tool
 from kd_ext.errors import ConfigError
+from kd_ext.safe_loading import load as read
 
 NORM = {"encoder_normalize_before": True}
 
@@ -40,10 +41,6 @@ def trained(tmp_path, base):
         model.load_state_dict(base[1].state_dict())
         made[name] = save(tmp_path / f"{name}.pt", args, randomize(model, seed)), model.eval().requires_grad_(True)
     return made
-
-
-def read(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load(path, active):

@@ -69,6 +69,7 @@ def test_there_are_24_and_each_takes_every_flag():
         assert ARCH_MODEL_REGISTRY[name] is TransformerExtModel
 
 
+@pytest.mark.skipif(not hasattr(torch.device, "__enter__"), reason="torch < 2 cannot build without memory for weights")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_builds(name):
     words = dictionary()

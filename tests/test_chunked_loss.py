@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import needs_half
 from torch.nn import functional as F
 
 from kd_ext.modules import chunked_logits
@@ -113,7 +114,7 @@ def test_gradcheck(selection, temperature):
     assert torch.autograd.gradcheck(loss, tuple(student))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=needs_half), torch.bfloat16])
 def test_half_precision_is_accumulated_in_float32(dtype):
     """Nothing is rounded but the gradients, once: as the float32 formulation, given the same numbers."""
     weights = Weights(0.5, 0.5, 0.1, 1.0)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from commands import PLUGIN, run
+from conftest import load
 from fairseq import options
 
 from kd_ext import adapters as tool
@@ -31,9 +32,7 @@ def activate(name):
 
 
 def weights(path):
-    return {
-        n: t for n, t in torch.load(path, map_location="cpu", weights_only=True)["model"].items() if "_float" not in n
-    }
+    return {n: t for n, t in load(path)["model"].items() if "_float" not in n}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from commands import run_as_typed
-from conftest import KD, SIZES, TRAINING, load
+from conftest import KD, SIZES, TRAINING, load, needs_half
 from test_resume import is_trained
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKDConfig
@@ -47,6 +47,7 @@ def test_command_lines_of_the_readme(data, teacher, tmp_path, line):
     assert "teacher placed on cpu as torch.float32" in result.output
 
 
+@needs_half
 def test_half_precision_on_a_cpu(distil, tmp_path):
     """The one that upstream runs without CUDA: it takes --bf16 for a TPU, and --fp16 asks for a CUDA device."""
     flags = ["--memory-efficient-fp16", "--fp16-init-scale", "4", "--max-update", "12"]

@@ -94,7 +94,7 @@ def test_one_changed_bit_of_a_weight_is_seen(student, tmp_path):
     weight = load(student)["model"]["decoder.layers.0.fc1.weight"].numpy().tobytes()
     content[content.index(weight)] ^= 1
     (tmp_path / "checkpoint.pt").write_bytes(content)
-    torch.load(tmp_path / "checkpoint.pt", map_location="cpu")  # torch by itself sees nothing
+    load(tmp_path / "checkpoint.pt")  # torch by itself sees nothing
     with pytest.raises(ConfigError, match=r"damaged, .* is not as it was written"):
         checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint.pt"))
 
@@ -104,7 +104,6 @@ class Harmful:
         return (print, ("run!",))
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, "add_safe_globals"), reason="torch < 2.6 loads anything")
 def test_generate_refuses_code_in_one_line(student, data, tmp_path):
     torch.save({**load(student), "extra_state": Harmful()}, tmp_path / "harmful.pt")
     flags = [data, *PLUGIN, "--path", tmp_path / "harmful.pt", "--cpu"]

@@ -84,5 +84,5 @@ def test_teacher_is_frozen_and_chooses_rows():
 
 def test_teacher_takes_the_students_dtype():
     models = [Linear(), Linear()]
-    Teacher(models).place_like(Linear().bfloat16())
+    Teacher(models).place(torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for m in models for p in m.parameters()} == {torch.bfloat16}

@@ -8,7 +8,7 @@ import fairseq_cli.train
 import numpy as np
 import pytest
 import torch
-from conftest import KD, strategy_flags
+from conftest import KD, load, strategy_flags
 from fairseq.logging import progress_bar
 
 from kd_ext.upstream import sanity_validation
@@ -19,7 +19,7 @@ RANDOM = ["--criterion", "label_smoothed_cross_entropy", "--dropout", "0.3", "--
 
 
 def state(folder, name="checkpoint_last.pt"):
-    return torch.load(folder / name, map_location="cpu", weights_only=True)
+    return load(folder / name)
 
 
 def same_weights(one, other):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from commands import ROOT
 
 NEEDS_START_UP = pytest.mark.skipif(sys.version_info < (3, 11), reason="fairseq imports unaided")
@@ -80,14 +79,6 @@ def test_hooks_are_safe_to_apply_twice():
     before = Trainer.load_checkpoint, sys.excepthook
     upstream.apply()
     assert (Trainer.load_checkpoint, sys.excepthook) == before
-
-
-@pytest.mark.skipif(not hasattr(torch.serialization, "get_safe_globals"), reason="torch < 2.6 loads anything")
-def test_globals_beyond_the_list_stay_refused():
-    import kd_ext  # noqa: F401
-
-    names = {g if isinstance(g, str) else getattr(g, "__module__", "") for g in torch.serialization.get_safe_globals()}
-    assert not names & {"os", "posix", "subprocess", "builtins.eval"}
 
 
 def test_without_fairseq_the_error_says_what_to_install(tmp_path):

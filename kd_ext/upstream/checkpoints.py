@@ -1,35 +1,53 @@
-"""torch >= 2.6 loads only listed globals from a checkpoint: the ones that fairseq writes are listed here."""
+"""What fairseq's checkpoints may refer to, and that torch older than 2.6 refuses all else as well."""
 
+import _codecs
 import argparse
 import collections
 import typing
+from types import ModuleType
 
 import numpy as np
 import torch
+from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _TensorPlaceholder
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from kd_ext import safe_loading
+
+
+class _SafelyLoadingTorch(ModuleType):
+    """torch, but for ``load``."""
+
+    load = staticmethod(safe_loading.load)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
 
 def apply() -> None:
-    """Let fairseq's own checkpoints be read (torch >= 2.6); every other global stays refused."""
-    if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals(_checkpoint_globals())
+    """Let fairseq's own checkpoints be read, and refuse every other global, with every torch.
+
+    torch >= 2.6 does so by itself once it has the list. With older ones fairseq 0.12.2 calls ``torch.load`` in a way
+    that runs whatever code a file carries: there its module of checkpoints is given another ``load``.
+    """
+    safe_loading.allow(_checkpoint_globals())
+    if not safe_loading.HAS_SAFE_GLOBALS:
+        checkpoint_utils.torch = _SafelyLoadingTorch("torch")
 
 
-def _checkpoint_globals() -> list:
-    listed: list = [argparse.Namespace]
-    # numpy scalars in meters; torch asks for the pickled name, which numpy 2 moved from core to _core
+def _checkpoint_globals() -> typing.Dict[str, typing.Any]:
+    """By the names that are pickled."""
+    listed: typing.Dict[str, typing.Any] = {"typing.Any": typing.Any, "_codecs.encode": _codecs.encode}
+    # numpy scalars in meters; numpy 2 moved them from core to _core
     multiarray = (getattr(np, "_core", None) or np.core).multiarray
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        listed += [
-            (multiarray._reconstruct, f"{module}._reconstruct"),
-            (multiarray.scalar, f"{module}.scalar"),
-        ]
-    listed += [np.ndarray, np.dtype]
-    listed += sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=str)
+        listed[f"{module}._reconstruct"] = multiarray._reconstruct
+        listed[f"{module}.scalar"] = multiarray.scalar
+    classes = [argparse.Namespace, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
     # several workers: the state is sent to the others by pickle, with its configuration as objects
-    listed += [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, _TensorPlaceholder]
-    listed += [collections.defaultdict, dict, list, int, typing.Any]
+    classes += [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, _TensorPlaceholder]
+    classes += [collections.defaultdict, dict, list, int]
+    listed.update({f"{kind.__module__}.{kind.__qualname__}": kind for kind in classes})
     return listed

@@ -5,11 +5,11 @@ import glob
 import os
 from typing import Optional
 
-import torch
 from fairseq import checkpoint_utils
 
 from kd_ext.errors import ConfigError
 from kd_ext.reading import explained
+from kd_ext.safe_loading import load
 
 EXPECTED = "checkpoint of fairseq"
 
@@ -45,7 +45,7 @@ def _newest_whole_beside(damaged: str) -> Optional[str]:
     for path in sorted(others, key=os.path.getmtime, reverse=True):
         try:
             with explained(path, EXPECTED):
-                torch.load(path, map_location="cpu")
+                load(path)
         except ConfigError:
             continue
         return path

@@ -1,0 +1,80 @@
+"""Files that refer to more than is listed are refused before anything of them has run, with every torch."""
+
+import pickle
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+from kd_ext import safe_loading, upstream
+from kd_ext.errors import ConfigError
+
+
+class Calls:
+    """Pickled as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def write(path, content, zipped):
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def test_what_torch_by_itself_would_run(tmp_path):
+    """The oracle of this file: these files are harmful."""
+    path = write(tmp_path / "file", Calls(eval, f"open({str(tmp_path / 'witness')!r}, 'w')"), True)
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("function", [eval, exec, open, getattr, __import__])
+def test_calls_are_refused_by_name(tmp_path, function, zipped):
+    content = {"model": {}, "extra_state": Calls(function, f"open({str(tmp_path / 'witness')!r}, 'w')")}
+    path = write(tmp_path / "file", content, zipped)
+    with pytest.raises(ConfigError, match=rf"refused, it refers to \S*{function.__name__}, which no checkpoint of fai"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    with pytest.raises(pickle.UnpicklingError, match=function.__name__):
+        safe_loading.load(path)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_no_way_from_an_allowed_name_to_its_attributes(tmp_path):
+    """Protocol 4 has names with dots, which pickle by itself follows."""
+    torch.save({"method": Namespace.__contains__}, tmp_path / "file", pickle_protocol=4)
+    with pytest.raises(pickle.UnpicklingError):
+        safe_loading.load(tmp_path / "file")
+
+
+def test_a_program_is_refused(tmp_path):
+    """torch itself takes a TorchScript archive for a file of tensors, if asked to load one."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "program.pt"))
+    with pytest.raises(ConfigError, match=r"program\.pt: (refused|damaged).*torch"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "program.pt"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_checkpoints_hold_is_read(tmp_path, zipped):
+    tensors = {f"t{i}": torch.zeros(3, dtype=kind) for i, kind in enumerate((torch.half, torch.float, torch.long))}
+    content = {"model": tensors, "scalar": np.float64(0.5), "array": np.arange(3), "list": [1, None, {"a": True}]}
+    found = safe_loading.load(write(tmp_path / "file", content, zipped))
+    assert found["scalar"] == 0.5
+    assert found["array"].tolist() == [0, 1, 2]
+    assert found["list"] == content["list"]
+    assert all(torch.equal(found["model"][name], value) for name, value in tensors.items())
+
+
+def test_only_fairseqs_reading_is_changed():
+    """What other code of the same process loads is torch's own affair."""
+    before = torch.load
+    upstream.apply()
+    assert torch.load is before
+    assert checkpoint_utils.torch.save is torch.save
+    assert checkpoint_utils.torch.Tensor is torch.Tensor
