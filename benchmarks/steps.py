@@ -45,6 +45,12 @@ def make_data(folder: Path) -> None:
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def fill(folder: Path, *flags) -> None:
+    """A complete cache, as a user would have it."""
+    command = [sys.executable, "-m", "kd_ext.teacher_cache", folder, "--max-tokens", 2048, "--cpu", *flags]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def training(folder: Path, name: str, updates: int):
     flags = [folder, "--user-dir", HERE.parent / "kd_ext", *model_flags(name), "--max-update", updates, "--cpu"]
     flags += ["--optimizer", "adam", "--lr", "1e-4", "--max-tokens", 2048, "--label-smoothing", 0.1]
@@ -84,7 +90,7 @@ def main() -> None:
         measure("steps.py", "teacher", *training(folder, "teacher", 1), *UPSTREAM)
         distil = [*DISTIL, "--teacher-checkpoint-path", teacher]
         cache = [*DISTIL, "--teacher-cache-dir", folder / "cache"]
-        measure("steps.py", "cache", *training(folder, "student", UPDATES), *cache, *distil, "--no-save")
+        fill(folder, *cache, "--teacher-checkpoint-path", teacher)
         variants = {
             "upstream": UPSTREAM,
             "plain distillation": distil,
