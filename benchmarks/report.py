@@ -33,7 +33,7 @@ def loss(rows: List[Dict[str, Any]]) -> str:
     for row in rows:
         products, plain = (at.get((row["vocabulary"], name), {}) for name in ("products", "plain cross-entropy"))
         time, peak = row.get("seconds"), row.get("peak_gb")
-        over = ratio(time, products.get("seconds")) if "distillation" in row["variant"] else "-"
+        over = "-" if "cross-entropy" in row["variant"] else ratio(time, products.get("seconds"))
         lines.append(
             [f"{row['vocabulary']:,}", row["variant"], row.get("skipped") or number(time), over, number(peak)]
             + [ratio(peak, plain.get("peak_gb"))]
