@@ -159,6 +159,25 @@ def test_two_workers(teacher, cache, data, tmp_path):
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-7)
 
 
+def test_parts_of_the_data(cache, teacher, data, tmp_path):
+    """One a epoch, as fairseq reads A:B: each has a cache of its own."""
+    shutil.copytree(data, tmp_path / "b")
+    for path in list((tmp_path / "b").glob("valid.*")):
+        shutil.copy(path, tmp_path / "b" / path.name.replace("valid", "train"))
+    command = [f"{data}:{tmp_path / 'b'}", *TRAINING, "--arch", "transformer", *SIZES, "--max-epoch", 2, "--no-save"]
+    with_teacher = ["--teacher-checkpoint-path", teacher, "--teacher-cache-top-k", 8]
+    result = run(tmp_path / "log", "fairseq-train", *command, *cached(tmp_path / "cache", *with_teacher))
+    assert result.returncode == 0, result.output[-2000:]
+    assert "of which 0 are there" in result.output
+    assert len(sums(tmp_path / "cache/0")) == 300
+    assert len(sums(tmp_path / "cache/1")) == 40
+    assert sums(tmp_path / "cache/0").all()
+    assert sums(tmp_path / "cache/1").all()
+    result = run(tmp_path / "log", "fairseq-train", *command, *cached(tmp_path / "cache"))
+    assert result.returncode == 0, result.output[-2000:]
+    assert "loaded teacher" not in result.output
+
+
 class TestRefused:
     def test_flags(self, distil, teacher, train, cache, fill, tmp_path):
         cases = {

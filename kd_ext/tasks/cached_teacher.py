@@ -176,9 +176,10 @@ class CachedTeacher:
         raise ConfigError(f"{flag} {value}: the cache {folder} was made with other {what}; {remedy}, or another {FLAG}")
 
     def _recorded_identity(self) -> str:
-        for folder in (self._folder, os.path.join(self._folder, "0")):  # of the whole training set, of its first part
-            if os.path.exists(folder) and "teacher" in read_manifest(folder):
-                return str(read_manifest(folder)["teacher"])
+        first_part = os.path.join(self._folder, "0")
+        found = read_manifest(first_part if os.path.exists(first_part) else self._folder)
+        if "teacher" in found:
+            return str(found["teacher"])
         raise ConfigError(f"{FLAG} {self._folder}: there is no cache yet; {_NAME_TEACHER}")
 
     def _load_for(self, reason: str) -> None:
