@@ -34,7 +34,11 @@ def save(name: str, rows: List[Dict[str, Any]], **settings: Any) -> None:
 
 
 def peak_gb() -> float:
-    """The most memory that this process has held so far, in 10^9 bytes."""
+    """The most memory that this process has held so far, of the GPU where there is one, in 10^9 bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

@@ -1,9 +1,10 @@
 """(a) The loss alone, against plain formulations and against its matrix products, over sizes of the vocabulary.
 
-``python benchmarks/loss.py`` measures every variant in a process of its own;
-``python benchmarks/loss.py VARIANT VOCABULARY`` is such a process.
+``python benchmarks/loss.py`` measures every variant in a process of its own, on a GPU in half precision too;
+``python benchmarks/loss.py VARIANT VOCABULARY PRECISION`` is such a process.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -12,12 +13,14 @@ import torch
 from common import THREADS, available_gb, measure, peak_gb, save
 from torch.nn import functional as F
 
-from kd_ext.modules.chunked_logits import CHUNK_ROWS, LinearLogits
+from kd_ext.modules.chunked_logits import LinearLogits, chunk_rows
 from kd_ext.modules.chunked_loss import Weights, chunked_loss
 
 TOKENS, STUDENT, TEACHER = 2048, 256, 512
 EPSILON, ALPHA = 0.1, 0.5
 VOCABULARIES = [8_000, 32_000, 64_000, 256_000]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISIONS = ["float32", "float16", "bfloat16"] if DEVICE == "cuda" else ["float32"]
 # which need n x V elements this many times over
 PLAIN = {"plain cross-entropy": 4, "plain distillation": 7}
 
@@ -25,10 +28,11 @@ PLAIN = {"plain cross-entropy": 4, "plain distillation": 7}
 def products(x, weight, target, teacher_x, teacher_weight, between=lambda z, q: None):
     """The matrix products that distillation cannot do without: two projections and two gradients."""
     student, of_weight, of_x = x.detach(), torch.zeros_like(weight), torch.empty_like(x)
-    z, q = torch.empty(2, CHUNK_ROWS, weight.size(0))
+    size = chunk_rows(weight)
+    z, q = weight.new_empty(2, size, weight.size(0))
     with torch.no_grad():
-        for i in range(0, TOKENS, CHUNK_ROWS):
-            rows = slice(i, i + CHUNK_ROWS)
+        for i in range(0, TOKENS, size):
+            rows = slice(i, i + size)
             torch.mm(teacher_x[rows], teacher_weight.t(), out=q)
             torch.mm(student[rows], weight.t(), out=z)
             between(z, q)
@@ -90,40 +94,42 @@ VARIANTS = {
 }
 
 
-def one(variant: str, vocabulary: int) -> None:
+def one(variant: str, vocabulary: int, precision: str) -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    x = torch.randn(TOKENS, STUDENT).requires_grad_()
-    weight = torch.empty(vocabulary, STUDENT).normal_(std=STUDENT**-0.5).requires_grad_()
-    teacher_x = torch.randn(TOKENS, TEACHER)
-    teacher_weight = torch.empty(vocabulary, TEACHER).normal_(std=TEACHER**-0.5)
-    target = torch.randint(vocabulary, (TOKENS,))
+    like = {"device": DEVICE, "dtype": getattr(torch, precision)}
+    x = torch.randn(TOKENS, STUDENT, **like).requires_grad_()
+    weight = torch.empty(vocabulary, STUDENT, **like).normal_(std=STUDENT**-0.5).requires_grad_()
+    teacher_x = torch.randn(TOKENS, TEACHER, **like)
+    teacher_weight = torch.empty(vocabulary, TEACHER, **like).normal_(std=TEACHER**-0.5)
+    target = torch.randint(vocabulary, (TOKENS,), device=DEVICE)
     before, seconds = peak_gb(), []
     for _ in range(5 if vocabulary <= 64_000 else 2):
         x.grad = weight.grad = None
         start = time.perf_counter()
         VARIANTS[variant](x, weight, target, teacher_x, teacher_weight)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     print(json.dumps({"seconds": min(seconds), "peak_gb": peak_gb() - before}))
 
 
 def main() -> None:
     rows = []
-    for vocabulary in VOCABULARIES:
-        for variant in VARIANTS:
-            needed = PLAIN.get(variant, 0) * TOKENS * vocabulary * 4 / 1e9
-            row = {"variant": variant, "vocabulary": vocabulary}
-            if needed > available_gb():
-                row["skipped"] = f"needs about {needed:.0f} GB"
-            else:
-                row.update(measure("loss.py", variant, vocabulary))
-            rows.append(row)
-            print(row, flush=True)
-            save("loss", rows, tokens=TOKENS, student=STUDENT, teacher=TEACHER, chunk_rows=CHUNK_ROWS)
+    for precision, vocabulary, variant in itertools.product(PRECISIONS, VOCABULARIES, VARIANTS):
+        needed = PLAIN.get(variant, 0) * TOKENS * vocabulary * 4 / 1e9
+        row = {"precision": precision, "variant": variant, "vocabulary": vocabulary}
+        if needed > available_gb():
+            row["skipped"] = f"needs about {needed:.0f} GB"
+        else:
+            row.update(measure("loss.py", variant, vocabulary, precision))
+        rows.append(row)
+        print(row, flush=True)
+        save("loss", rows, tokens=TOKENS, student=STUDENT, teacher=TEACHER)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        one(sys.argv[1], int(sys.argv[2]))
+        one(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     else:
         main()

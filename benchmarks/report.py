@@ -28,27 +28,29 @@ def number(value: Any, digits: int = 2) -> str:
 
 def loss(rows: List[Dict[str, Any]]) -> str:
     """Time over the matrix products alone, memory over plain cross-entropy, of the same run."""
-    at = {(row["vocabulary"], row["variant"]): row for row in rows}
+    at = {(row["precision"], row["vocabulary"], row["variant"]): row for row in rows}
     lines = []
     for row in rows:
-        products, plain = (at.get((row["vocabulary"], name), {}) for name in ("products", "plain cross-entropy"))
+        where = row["precision"], row["vocabulary"]
+        products, plain = (at.get((*where, name), {}) for name in ("products", "plain cross-entropy"))
         time, peak = row.get("seconds"), row.get("peak_gb")
         over = "-" if "cross-entropy" in row["variant"] else ratio(time, products.get("seconds"))
         lines.append(
-            [f"{row['vocabulary']:,}", row["variant"], row.get("skipped") or number(time), over, number(peak)]
-            + [ratio(peak, plain.get("peak_gb"))]
+            [row["precision"], f"{row['vocabulary']:,}", row["variant"], row.get("skipped") or number(time, 3), over]
+            + [number(peak), ratio(peak, plain.get("peak_gb"))]
         )
     for what, name in (("peak_gb", "loss-memory"), ("seconds", "loss-time")):
         figure, axes = pyplot.subplots(figsize=(6, 4))
-        for variant in dict.fromkeys(row["variant"] for row in rows):
-            points = [(r["vocabulary"], r[what]) for r in rows if r["variant"] == variant and what in r]
-            axes.loglog(*zip(*points), marker="o", label=variant)
+        for precision, variant in dict.fromkeys((row["precision"], row["variant"]) for row in rows):
+            of_line = [row for row in rows if (row["precision"], row["variant"]) == (precision, variant)]
+            points = [(row["vocabulary"], row[what]) for row in of_line if what in row]
+            axes.loglog(*zip(*points), marker="o", label=f"{variant}, {precision}")
         axes.set_xlabel("vocabulary")
         axes.set_ylabel({"peak_gb": "peak memory, GB", "seconds": "seconds for 2,048 tokens"}[what])
-        axes.legend()
+        axes.legend(fontsize="small")
         figure.tight_layout()
         figure.savefig(RESULTS / f"{name}.png", dpi=100)
-    header = ["vocabulary", "loss", "seconds", "over its products", "peak GB", "over plain cross-entropy"]
+    header = ["precision", "vocabulary", "loss", "seconds", "over its products", "peak GB", "over plain cross-entropy"]
     return table(header, lines) + "\n![memory](loss-memory.png) ![time](loss-time.png)\n"
 
 

@@ -17,6 +17,7 @@ from common import HERE, THREADS, measure, peak_gb, save
 VOCABULARY, SENTENCES, LENGTH = 32_000, 1_000, 31
 SHAPE = {"student": (256, 3), "teacher": (512, 6)}
 UPDATES = 8
+PRECISION = "--fp16" if torch.cuda.is_available() else "--cpu"
 DISTIL = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"]
 UPSTREAM = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy"]
 
@@ -47,12 +48,12 @@ def make_data(folder: Path) -> None:
 
 def fill(folder: Path, *flags) -> None:
     """A complete cache, as a user would have it."""
-    command = [sys.executable, "-m", "kd_ext.teacher_cache", folder, "--max-tokens", 2048, "--cpu", *flags]
+    command = [sys.executable, "-m", "kd_ext.teacher_cache", folder, "--max-tokens", 2048, PRECISION, *flags]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def training(folder: Path, name: str, updates: int):
-    flags = [folder, "--user-dir", HERE.parent / "kd_ext", *model_flags(name), "--max-update", updates, "--cpu"]
+    flags = [folder, "--user-dir", HERE.parent / "kd_ext", *model_flags(name), "--max-update", updates, PRECISION]
     flags += ["--optimizer", "adam", "--lr", "1e-4", "--max-tokens", 2048, "--label-smoothing", 0.1]
     flags += ["--disable-validation", "--num-workers", 0, "--log-interval", 1, "--log-format", "simple"]
     return flags + ["--save-dir", folder / name, "--no-epoch-checkpoints"]
@@ -107,7 +108,7 @@ def main() -> None:
             flags = [*training(folder, "student", UPDATES), *flags, "--no-save"]
             rows.append({"variant": variant, **measure("steps.py", variant, *flags)})
             print(rows[-1], flush=True)
-            save("steps", rows, vocabulary=VOCABULARY, shape=SHAPE, max_tokens=2048, updates=UPDATES)
+            save("steps", rows, vocabulary=VOCABULARY, shape=SHAPE, max_tokens=2048, updates=UPDATES, precision=PRECISION)
 
 
 if __name__ == "__main__":
