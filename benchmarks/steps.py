@@ -108,7 +108,7 @@ def main() -> None:
             flags = [*training(folder, "student", UPDATES), *flags, "--no-save"]
             rows.append({"variant": variant, **measure("steps.py", variant, *flags)})
             print(rows[-1], flush=True)
-            save("steps", rows, vocabulary=VOCABULARY, shape=SHAPE, max_tokens=2048, updates=UPDATES, precision=PRECISION)
+            save("steps", rows, vocabulary=VOCABULARY, shape=SHAPE, max_tokens=2048, updates=UPDATES, on=PRECISION)
 
 
 if __name__ == "__main__":
