@@ -17,6 +17,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from tqdm import tqdm
 
 import kd_ext  # noqa: F401  registers the task and its criterion
+from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import check_temperature
 from kd_ext.errors import ConfigError
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
 
@@ -63,6 +64,7 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
     args = options.parse_args_and_arch(parser, arguments)
     if args.task != TASK or args.criterion != CRITERION:
         raise ConfigError(f"--task {args.task} --criterion {args.criterion}: use --task {TASK} --criterion {CRITERION}")
+    check_temperature(args.kd_temperature)
     if args.processes < 1:
         raise ConfigError(f"--processes {args.processes}: out of range; a number over 0")
     for flag in ("teacher_cache_dir", "teacher_checkpoint_path"):
@@ -92,7 +94,7 @@ def _fill(args: argparse.Namespace, index: int, done: Any) -> Iterator[int]:
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // args.processes))
     task = TranslationWithKDTask.setup_task(cfg.task)
-    cache = task.open_cache(cfg.criterion.kd_temperature)
+    cache = task.open_cache(cfg.criterion.kd_temperature, mends=True)
     dtype = torch.half if use_cuda and cfg.common.fp16 else torch.float32
     cache.place(torch.device("cuda" if use_cuda else "cpu"), dtype)
     total = 0
@@ -111,7 +113,7 @@ def _fill(args: argparse.Namespace, index: int, done: Any) -> Iterator[int]:
 def _batches(task: TranslationWithKDTask, cfg: Any, epoch: int, index: int, processes: int) -> Any:
     subset = cfg.dataset.train_subset
     task.load_dataset(subset, epoch=epoch, combine=True)
-    return task.get_batch_iterator(
+    batches = task.get_batch_iterator(
         task.dataset(subset),
         max_tokens=cfg.dataset.max_tokens,
         max_sentences=cfg.dataset.batch_size,
@@ -123,6 +125,8 @@ def _batches(task: TranslationWithKDTask, cfg: Any, epoch: int, index: int, proc
         num_workers=cfg.dataset.num_workers,
         epoch=epoch,
     )
+    task.begin_epoch(epoch, None)
+    return batches
 
 
 if __name__ == "__main__":

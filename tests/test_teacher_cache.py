@@ -1,6 +1,7 @@
 """A kept teacher: training from files is training with the teacher, and wrong or damaged files are refused."""
 
 import errno
+import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from commands import ENVIRONMENT, PLUGIN, Forked, Result, run, script
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
+from stubs import Run, random_batch
 from test_bad_usage import assert_refused
 from test_damaged_files import flip, swap, truncate
 from test_resume import assert_same_run, is_trained
@@ -176,6 +178,10 @@ def test_parts_of_the_data(cache, teacher, data, tmp_path):
     result = run(tmp_path / "log", "fairseq-train", *command, *cached(tmp_path / "cache"))
     assert result.returncode == 0, result.output[-2000:]
     assert "loaded teacher" not in result.output
+    shutil.rmtree(tmp_path / "cache/1")
+    one_epoch = [*command, "--max-epoch", 1]  # fairseq asks for the second part, and does not use it
+    result = run(tmp_path / "log", "fairseq-train", *one_epoch, *cached(tmp_path / "cache"))
+    assert result.returncode == 0, result.output[-2000:]
 
 
 class TestRefused:
@@ -258,6 +264,7 @@ class TestRefused:
 
     def test_filling_flags(self, fill, data, tmp_path):
         assert_refused(fill(tmp_path / "x", "--processes", 0), tmp_path, "--processes 0")
+        assert_refused(fill(tmp_path / "x", "--kd-temperature", 0), tmp_path, "--kd-temperature 0")
         other_task = run(tmp_path / "log", "kd_ext.teacher_cache", data, *PLUGIN, "--task", "translation")
         assert_refused(other_task, tmp_path, "--task translation", "--task translation_with_kd")
         no_teacher = run(tmp_path / "log", "kd_ext.teacher_cache", data, *PLUGIN, "--teacher-cache-dir", tmp_path / "x")
@@ -281,7 +288,7 @@ def test_files_keep_what_was_written(tmp_path):
         manifest = {"top_k": 3, "vocabulary": vocabulary}
         create(folder, manifest, LENGTHS)
         assert read_manifest(folder) == manifest
-        files = CacheFiles(folder, manifest, LENGTHS)
+        files = CacheFiles(folder, manifest, LENGTHS, writable=True)
         words, probs = random_sentences(rng)
         words[0, 0] = vocabulary - 1
         starts = np.cumsum(LENGTHS) - LENGTHS
@@ -293,7 +300,7 @@ def test_files_keep_what_was_written(tmp_path):
         assert files.there(np.arange(4)).tolist() == [True, False, True, True]
         ids = np.array([0, 3, 2])
         rows = np.concatenate([np.arange(starts[i], starts[i] + LENGTHS[i]) for i in ids])
-        again = CacheFiles(folder, manifest, LENGTHS).read(ids, LENGTHS[ids], list(ids + 5))
+        again = CacheFiles(folder, manifest, LENGTHS, writable=False).read(ids, LENGTHS[ids], list(ids + 5))
         assert again.sound.all()
         assert np.array_equal(again.words, words[rows])
         assert np.array_equal(again.probs, probs[rows])
@@ -310,7 +317,7 @@ def test_damaged_files(tmp_path, damage, name):
     folder, ids, texts = tmp_path / "cache", np.arange(4), [1, 2, 3, 4]
     create(str(folder), MANIFEST, LENGTHS)
     words, probs = random_sentences(np.random.default_rng(1))
-    CacheFiles(str(folder), MANIFEST, LENGTHS).write(ids, LENGTHS, texts, words, probs)
+    CacheFiles(str(folder), MANIFEST, LENGTHS, writable=True).write(ids, LENGTHS, texts, words, probs)
     whole = (folder / name).read_bytes()
     noticed = 0
     for _ in range(100):
@@ -324,7 +331,7 @@ def test_damaged_files(tmp_path, damage, name):
             if manifest != MANIFEST:
                 noticed += 1
                 continue
-            read = CacheFiles(str(folder), manifest, LENGTHS).read(ids, LENGTHS, texts)
+            read = CacheFiles(str(folder), manifest, LENGTHS, writable=False).read(ids, LENGTHS, texts)
         except ConfigError as error:
             noticed += "\n" not in str(error) and str(folder) in str(error)
             continue
@@ -344,13 +351,52 @@ def test_a_full_disk_is_found_before_anything_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ConfigError, match=r"GB cannot be made there.*No space left"):
         create(str(tmp_path / "cache"), MANIFEST, LENGTHS)
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_one_that_is_there_is_left_alone(tmp_path):
-    """As when several workers make it at once."""
     create(str(tmp_path / "cache"), MANIFEST, LENGTHS)
-    before = {path.name: path.stat().st_ino for path in (tmp_path / "cache").iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     create(str(tmp_path / "cache"), {**MANIFEST, "note": "another worker's"}, LENGTHS)
-    assert before == {path.name: path.stat().st_ino for path in (tmp_path / "cache").iterdir()}
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+
+
+def test_made_in_a_folder_that_is_there(tmp_path):
+    """Also behind a link, and where a process was killed while it made one."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder/words.npy").write_bytes(b"half")
+    assert read_manifest(str(tmp_path / "link")) == {}
+    create(str(tmp_path / "link"), MANIFEST, LENGTHS)
+    assert read_manifest(str(tmp_path / "folder")) == MANIFEST
+    assert not CacheFiles(str(tmp_path / "folder"), MANIFEST, LENGTHS, writable=False).there(np.arange(4)).any()
+
+
+def make_one(folder):
+    create(folder, {**MANIFEST, "maker": os.getpid()}, LENGTHS)
+    return read_manifest(folder)["maker"]
+
+
+def test_made_once_by_several_processes(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        makers = pool.map(make_one, [str(tmp_path / "cache")] * 6, chunksize=1)
+    assert len(set(makers)) == 1
+
+
+@pytest.mark.parametrize("strategy", ["word_level", "batch_level"])
+def test_a_batch_of_another_worker_is_not_asked_about(strategy):
+    """A worker without a batch is given one of the validation set, whose sentences are in no cache."""
+    stub = Run(strategy, **({"kd_rate": 0.5} if strategy == "batch_level" else {}))
+    stub.criterion.teacher.output = stub.criterion.teacher.probs = None  # to be asked is a TypeError
+    batch = random_batch(np.random.default_rng(0), ["hi", "ta"])
+    loss, logged = stub.forward(batch, is_dummy=True)
+    assert loss.isfinite()
+    assert logged["kd_selected"] == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_cache_that_cannot_be_written(tmp_path):
+    create(str(tmp_path), MANIFEST, LENGTHS)
+    (tmp_path / "probs.npy").chmod(0o444)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        CacheFiles(str(tmp_path), MANIFEST, LENGTHS, writable=True)

@@ -181,7 +181,10 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         log_probs = model.get_normalized_probs(net_output, log_probs=True)[batch.real].float()  # n x V
         smoothed, nll = label_smoothed_nll(log_probs, batch.target, self.eps)
         selection = self._select(nll.detach(), batch)
-        teacher_probs = self.teacher.probs(batch.sample, batch.positions(selection), self.temperature)
+        if batch.is_dummy:
+            teacher_probs = log_probs.new_empty(0, log_probs.size(1))
+        else:
+            teacher_probs = self.teacher.probs(batch.sample, batch.positions(selection), self.temperature)
         distilled = distillation_term(log_probs[selection.mask], teacher_probs, self.temperature)
         loss = self.distilled_weight * distilled.cross_entropy.sum()
         if self.golden_weight > 0:
@@ -194,7 +197,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         # The teacher is first, so that what its pass needs and the student's activations, which are kept for the
         # backward pass, are not in memory together.
         is_distilled = self.distilled_weight > 0
-        teacher = self.teacher.output(batch.sample, batch.real) if is_distilled else []
+        is_asked = is_distilled and not batch.is_dummy  # of another worker's batch nothing is selected
+        teacher = self.teacher.output(batch.sample, batch.real) if is_asked else []
         features, _ = model(**batch.sample["net_input"], features_only=True)
         student = self._projection(features[batch.real])  # n x d
         if is_distilled:
@@ -270,8 +274,7 @@ def _check_flags(strategy, alpha, rate, queue_size, temperature) -> None:
     kind = STRATEGIES[strategy]
     if not 0 <= alpha <= 1:
         raise ConfigError(f"--alpha {alpha}: out of range; a number from 0 to 1")
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"--kd-temperature {temperature}: out of range; a number over 0")
+    check_temperature(temperature)
     if kind.needs_rate and rate is None:
         raise ConfigError(f"--kd-rate is missing: --kd-strategy {strategy} needs it; a number in (0, 1]")
     if rate is not None and not 0 < rate <= 1:
@@ -288,6 +291,11 @@ def _check_flags(strategy, alpha, rate, queue_size, temperature) -> None:
     for flag, value, is_unused in unused:
         if is_unused:
             logger.warning("%s %s has no effect with --kd-strategy %s", flag, value, strategy)
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"--kd-temperature {temperature}: out of range; a number over 0")
 
 
 def _find_languages(task) -> LanguageTags:

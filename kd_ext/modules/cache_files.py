@@ -1,16 +1,16 @@
 """The files of a teacher cache: plain arrays that are mapped into memory, and a manifest of what they belong to."""
 
 import contextlib
+import fcntl
 import json
 import os
-import shutil
-import uuid
 import zlib
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from kd_ext.errors import ConfigError
+from kd_ext.writing import PART, written_whole
 
 FLAG = "--teacher-cache-dir"
 _MANIFEST = "manifest.json"
@@ -20,6 +20,10 @@ class _Arrays(NamedTuple):
     words: np.ndarray
     probs: np.ndarray
     sums: np.ndarray
+
+
+# what can be there before the manifest is
+_UNFINISHED = {*(f"{name}.npy" for name in _Arrays._fields), _MANIFEST + PART}
 
 
 class Listed(NamedTuple):
@@ -37,22 +41,23 @@ class Listed(NamedTuple):
 
 
 def read_manifest(folder: str) -> Dict[str, Any]:
-    """What the cache in `folder` belongs to; empty if there is no cache.
+    """What the cache in `folder` belongs to; empty if there is none, or one that was not finished.
 
     Raises:
         ConfigError: the folder holds something else
     """
-    path = os.path.join(folder, _MANIFEST)
-    if not os.path.isdir(folder) or not os.listdir(folder):
+    entries = os.listdir(folder) if os.path.isdir(folder) else []
+    if all(entry in _UNFINISHED for entry in entries):
         return {}
     with _explained(folder, "it is no teacher cache; name one, or a folder that does not exist"):
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        return dict(manifest)
+        with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:
+            return dict(json.load(file))
 
 
 def create(folder: str, manifest: Dict[str, Any], lengths: np.ndarray) -> None:
     """Make an empty cache, with all the space on the disk that it will need. One that is there is left alone.
+
+    Several processes may ask for it at once: one makes it, and the others wait.
 
     Args:
         folder: its path
@@ -64,27 +69,37 @@ def create(folder: str, manifest: Dict[str, Any], lengths: np.ndarray) -> None:
     """
     layout = _layout(lengths, manifest["top_k"], manifest["vocabulary"])
     size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
-    # Several processes may come here at once: each makes its own, and the first one's is taken.
-    building = f"{os.path.abspath(folder)}.{uuid.uuid4().hex}"
     with _explained(folder, f"a cache of {size / 1e9:.3g} GB cannot be made there; name a folder with room for it"):
-        try:
-            os.makedirs(building)
-            for name, (shape, dtype) in layout.items():
-                path = _path(building, name)
-                np.lib.format.open_memmap(path, "w+", dtype, shape)
-                if hasattr(os, "posix_fallocate"):
-                    # else a disk that fills up later would end the process without a word
-                    with open(path, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-            with open(os.path.join(building, _MANIFEST), "w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=1)
+        os.makedirs(folder, exist_ok=True)
+        with _locked(folder):
+            if read_manifest(folder):
+                return
             try:
-                os.rename(building, folder)
-            except OSError:
-                if not read_manifest(folder):
-                    raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+                for name, (shape, dtype) in layout.items():
+                    path = _path(folder, name)
+                    np.lib.format.open_memmap(path, "w+", dtype, shape)
+                    if hasattr(os, "posix_fallocate"):
+                        # else a disk that fills up later would end the process without a word
+                        with open(path, "r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+                with written_whole(os.path.join(folder, _MANIFEST)) as file:  # last: with it, the cache is there
+                    file.write(json.dumps(manifest, indent=1).encode())
+            except BaseException:
+                for name in layout:
+                    with contextlib.suppress(OSError):
+                        os.unlink(_path(folder, name))
+                raise
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Alone among the processes that ask for it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class CacheFiles:
@@ -99,18 +114,19 @@ class CacheFiles:
         folder: that :func:`create` made
         manifest: its manifest
         lengths: of the target of each sentence in tokens, shape ``(sentences,)``
+        writable: whether :meth:`write` will be called
 
     Raises:
-        ConfigError: an array is missing, cut short or of another shape or type
+        ConfigError: an array is missing, cut short or of another shape or type, or cannot be written
     """
 
-    def __init__(self, folder: str, manifest: Dict[str, Any], lengths: np.ndarray) -> None:
+    def __init__(self, folder: str, manifest: Dict[str, Any], lengths: np.ndarray, writable: bool) -> None:
         self.folder = folder
         self._lengths = lengths
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._layout = _layout(lengths, manifest["top_k"], manifest["vocabulary"])
-        self._arrays = self._open("r")
-        self._writable: Optional[_Arrays] = None
+        layout = _layout(lengths, manifest["top_k"], manifest["vocabulary"])
+        mode = "r+" if writable else "r"
+        self._arrays = _Arrays(*(_open(folder, name, *layout[name], mode) for name in _Arrays._fields))
 
     def there(self, ids: np.ndarray) -> np.ndarray:
         """Of each sentence, shape ``(B,)``, whether something is kept of it, bool."""
@@ -134,14 +150,9 @@ class CacheFiles:
     ) -> None:
         """Keep what was found of some sentences; arguments and shapes as in :meth:`read` and :class:`Listed`."""
         rows = self._rows(ids, lengths)
-        if self._writable is None:
-            self._writable = self._open("r+")
-        words = words.astype(self._writable.words.dtype)
-        self._writable.words[rows], self._writable.probs[rows] = words, probs
-        self._writable.sums[ids] = _checksums(words, probs, lengths, texts)
-
-    def _open(self, mode: Any) -> "_Arrays":
-        return _Arrays(*(_open(self.folder, name, *self._layout[name], mode) for name in _Arrays._fields))
+        words = words.astype(self._arrays.words.dtype)
+        self._arrays.words[rows], self._arrays.probs[rows] = words, probs
+        self._arrays.sums[ids] = _checksums(words, probs, lengths, texts)
 
     def _rows(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         assert (lengths <= self._lengths[ids]).all()
@@ -189,6 +200,8 @@ def _explained(path: str, remedy: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    except PermissionError as error:
+        raise ConfigError(f"{FLAG}: {path}: {error.strerror}; let it be written, or name another folder") from error
     except Exception as error:  # the bytes of a file can make numpy and json raise anything
         cause = str(error).strip().splitlines()[:1]
         raise ConfigError(f"{FLAG}: {path}: {remedy} ({type(error).__name__}: {''.join(cause)})") from error

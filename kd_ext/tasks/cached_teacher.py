@@ -50,6 +50,7 @@ class CachedTeacher:
         temperature: T of the softmax that is kept
         source: where the teacher comes from
         student_task: gives the dictionaries
+        mends: whether :meth:`mend` will be called
 
     Attributes:
         identity: what tells the teacher from others
@@ -59,18 +60,25 @@ class CachedTeacher:
     """
 
     def __init__(
-        self, folder: str, top_k: Optional[int], temperature: float, source: TeacherSource, student_task: Any
+        self,
+        folder: str,
+        top_k: Optional[int],
+        temperature: float,
+        source: TeacherSource,
+        student_task: Any,
+        mends: bool = False,
     ) -> None:
         words = student_task.target_dictionary
         if top_k is not None and not 0 < top_k <= len(words):
             raise ConfigError(f"--teacher-cache-top-k {top_k}: out of range; a number from 1 to {len(words)}")
         self._folder, self._top_k, self._source = folder, top_k, source
+        self._mends = mends
         self._temperature, self._vocabulary, self._pad = temperature, len(words), words.pad()
         self._dictionaries = of_dictionaries(student_task.source_dictionary, words)
         self.identity: str = source.identify() if source.path else self._recorded_identity()
         self._teacher: Optional[Teacher] = None
         self._place: Optional[Tuple[torch.device, torch.dtype]] = None
-        self._files: CacheFiles
+        self._opened: Optional[CacheFiles] = None
 
     def prepare(self, dataset: Any, max_positions: Any = None, shard: str = "") -> None:
         """Open the files for a training set, and load the teacher if it has to fill them, or let go of it if not.
@@ -90,15 +98,16 @@ class CachedTeacher:
         if not found:
             self._load_for(f"{FLAG} {folder}: there is no cache yet")
             of_teacher = {"teacher": self.identity, "teacher_path": self._source.path}
-            create(folder, {**expected, "top_k": self._top_k or DEFAULT_TOP_K, **of_teacher}, lengths)
+            top_k = self._top_k or min(DEFAULT_TOP_K, self._vocabulary)
+            create(folder, {**expected, "top_k": top_k, **of_teacher}, lengths)
             found = read_manifest(folder)
         self._compare(folder, found, expected)
-        self._files = CacheFiles(folder, found, lengths)
         self._top_k = found["top_k"]
 
         asked_for, _ = dataset.filter_indices_by_size(np.arange(len(dataset)), max_positions)
-        there = self._files.there(asked_for)
+        there = CacheFiles(folder, found, lengths, writable=False).there(asked_for)
         missing = len(there) - np.count_nonzero(there)
+        self._opened = CacheFiles(folder, found, lengths, writable=missing > 0 or self._mends)
         logger.info(
             *("%s %s: the %d most probable words of %d sentences, of which %d are there",),
             *(FLAG, folder, self._top_k, len(there), len(there) - missing),
@@ -108,6 +117,15 @@ class CachedTeacher:
         elif self._teacher is not None:
             self._teacher = None
             logger.info("the teacher is not needed any more")
+
+    @property
+    def is_prepared(self) -> bool:
+        return self._opened is not None
+
+    @property
+    def _files(self) -> CacheFiles:
+        assert self._opened is not None
+        return self._opened
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Where the teacher is moved if it has to be asked."""
@@ -127,9 +145,10 @@ class CachedTeacher:
             ConfigError: what is there of a sentence is not what was written, or was written for another text
         """
         sentences = _Sentences.of(sample, self._pad)
+        there = self._files.there(sentences.ids)  # first: another process may write them in between
         listed = self._files.read(*sentences.key)
         if not listed.sound.all():
-            self._refuse_damage(sentences.ids[~listed.sound])
+            self._refuse_damage(sentences.ids[there & ~listed.sound])
             listed = self._ask(sample, sentences, ~listed.sound)
         chosen = rows[sentences.real].cpu()
         words, probs = torch.from_numpy(listed.words)[chosen], torch.from_numpy(listed.probs)[chosen]
@@ -171,6 +190,7 @@ class CachedTeacher:
             "top_k": ("--teacher-cache-top-k", self._top_k, f"use {found.get(key)}"),
             "temperature": ("--kd-temperature", self._temperature, f"use {found.get(key)}"),
             "teacher": ("--teacher-checkpoint-path", self._source.path, f"name {found.get('teacher_path')}"),
+            "lengths_of_sentences": (FLAG, folder, "name that data, with the same flags (--num-batch-buckets, ...)"),
         }.get(key, (FLAG, folder, "name that data"))
         what = key.replace("_", " ")
         raise ConfigError(f"{flag} {value}: the cache {folder} was made with other {what}; {remedy}, or another {FLAG}")
@@ -188,8 +208,7 @@ class CachedTeacher:
                 raise ConfigError(f"{reason}; {_NAME_TEACHER}")
             self._teacher = self._source.load()
 
-    def _refuse_damage(self, ids: np.ndarray) -> None:
-        damaged = ids[self._files.there(ids)]
+    def _refuse_damage(self, damaged: np.ndarray) -> None:
         if len(damaged) > 0:
             raise ConfigError(
                 f"{FLAG} {self._files.folder}: sentence {damaged[0]} is damaged, or is of another text; "
@@ -205,6 +224,11 @@ class CachedTeacher:
         found = top_probs(self._teacher.output(sample, sentences.real), self._top_k, self._temperature)
         tokens = np.repeat(missing, sentences.lengths)
         words, probs = (x.cpu().numpy()[tokens] for x in (found.words, found.probs.float()))
+        if not np.isfinite(probs).all():
+            raise ConfigError(
+                f"{FLAG} {self._files.folder}: probabilities of the teacher are not numbers, for sentences "
+                f"{sentences.ids.tolist()[:3]} ...; if it runs in half precision, fill the cache in float32"
+            )
         texts = [text for text, is_missing in zip(sentences.texts, missing) if is_missing]
         self._files.write(sentences.ids[missing], sentences.lengths[missing], texts, words, probs)
         return self._files.read(*sentences.key)

@@ -66,11 +66,18 @@ def identify_teacher(checkpoint_path: str, overrides: str) -> str:
     """
     settings = parse_overrides("--teacher-model-overrides", overrides)
     paths = utils.split_paths(checkpoint_path)
-    return _identity([model_fingerprint(_read_checkpoint(path, settings)["model"]) for path in paths], settings)
+    return _identity([_fingerprint_of_file(path, settings) for path in paths], settings)
+
+
+def _fingerprint_of_file(path: str, settings: Dict[str, Any]) -> str:
+    weights = _read_checkpoint(path, settings)["model"]
+    fingerprint = model_fingerprint(weights)
+    weights.clear()  # as after building a model of them
+    return fingerprint
 
 
 def _identity(fingerprints: Sequence[str], settings: Dict[str, Any]) -> str:
-    others = {key: value for key, value in settings.items() if key != "data"}  # where dictionaries are
+    others = {key: settings[key] for key in sorted(settings) if key != "data"}  # where dictionaries are
     return " ".join(sorted(fingerprints)) + (f" with {others}" if others else "")
 
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 
 from fairseq import utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
@@ -76,6 +76,7 @@ class TranslationWithKDTask(TranslationTask):
         self.selector: Optional[TokenSelector] = None
         self._builds_student = False
         self._cached_teacher: Optional[CachedTeacher] = None
+        self._prepare_cache: Optional[Callable[[], None]] = None
         self._trained_with = trained_with.of_dictionaries(src_dict, tgt_dict)
 
     @classmethod
@@ -95,9 +96,9 @@ class TranslationWithKDTask(TranslationTask):
 
     def build_criterion(self, cfg):
         for name in ("teacher_checkpoint_path", "teacher_cache_dir"):
-            if self.cfg[name] and cfg._name != CRITERION:
+            if getattr(self.cfg, name) and cfg._name != CRITERION:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} {self.cfg[name]}: --criterion {cfg._name} "
+                    f"--{name.replace('_', '-')} {getattr(self.cfg, name)}: --criterion {cfg._name} "
                     f"has no use for a teacher; use --criterion {CRITERION}"
                 )
         return super().build_criterion(cfg)
@@ -110,13 +111,13 @@ class TranslationWithKDTask(TranslationTask):
         self._trained_with[trained_with.TEACHER] = teacher.identity
         return teacher
 
-    def open_cache(self, temperature: float) -> CachedTeacher:
+    def open_cache(self, temperature: float, mends: bool = False) -> CachedTeacher:
         """The cache in ``--teacher-cache-dir``. Its teacher is loaded together with the training set, if need be."""
         path = self.cfg.teacher_checkpoint_path
         identify = partial(identify_teacher, path, self.cfg.teacher_model_overrides)
         source = TeacherSource(path, identify, self._load_teacher)
         folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
-        self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self)
+        self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self, mends=mends)
         return self._cached_teacher
 
     def _load_teacher(self) -> Teacher:
@@ -131,8 +132,18 @@ class TranslationWithKDTask(TranslationTask):
         if self._cached_teacher is not None and dataset is self.datasets.get(self.cfg.train_subset):
             shards = len(utils.split_paths(self.cfg.data))
             shard = "" if shards == 1 else str((kwargs.get("epoch", 1) - 1) % shards)
-            self._cached_teacher.prepare(dataset, max_positions, shard)
+            prepare = partial(self._cached_teacher.prepare, dataset, max_positions, shard)
+            if self._cached_teacher.is_prepared:
+                self._prepare_cache = prepare  # when they are used: after the last epoch fairseq asks for more data
+            else:
+                prepare()
         return super().get_batch_iterator(dataset, max_tokens, max_sentences, max_positions, **kwargs)
+
+    def begin_epoch(self, epoch, model):
+        super().begin_epoch(epoch, model)
+        if self._prepare_cache is not None:
+            self._prepare_cache()
+            self._prepare_cache = None
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         if ignore_grad:  # a worker whose shard has run out repeats a batch of others

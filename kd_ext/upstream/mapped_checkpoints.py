@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def mapped_checkpoints() -> Iterator[None]:
-    """Inside, ``load_checkpoint_to_cpu`` maps a file into memory (fairseq 0.12.2, torch >= 2.1).
+    """Inside, ``load_checkpoint_to_cpu`` maps a file into memory (fairseq 0.12.2, torch >= 2.6).
 
     fairseq reads all of a file, two thirds of which are the optimizer's, into memory that the allocator keeps.
     Of a mapped file only what is used takes memory, and it is given back with the last of its tensors. None of
