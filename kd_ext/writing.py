@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from typing import BinaryIO, Iterator, Optional
+from typing import Any, BinaryIO, Iterator, Optional
 
 from kd_ext.errors import ConfigError
 
@@ -10,7 +10,7 @@ PART = ".tmp"
 
 
 @contextlib.contextmanager
-def written_whole(path: str) -> Iterator[BinaryIO]:
+def written_whole(path: str) -> Iterator["_Writer"]:
     """A file that takes the place of `path`, in one step, at the end of the block.
 
     Until then it lies beside, under a name of its own: killed at any moment, or out of room, `path` is what it was.
@@ -23,7 +23,10 @@ def written_whole(path: str) -> Iterator[BinaryIO]:
     part = path + PART
     try:
         with open(part, "wb") as file:
-            yield file
+            writer = _Writer(file)
+            yield writer
+            if writer.error is not None:
+                raise writer.error
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -34,6 +37,25 @@ def written_whole(path: str) -> Iterator[BinaryIO]:
         if refusal is not None:
             raise ConfigError(f"{path}: cannot be written: {refusal.strerror or refusal}") from error
         raise
+
+
+class _Writer:
+    """Keeps the first error for later: torch < 2 answers a write that fails by ending the process."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.name = file, file.name
+        self.error: Optional[OSError] = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """At the end of the block."""
 
 
 def _refusal(error: Optional[BaseException]) -> Optional[OSError]:

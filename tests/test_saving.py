@@ -50,7 +50,7 @@ def test_a_file_is_the_old_or_the_new_one_whenever_the_process_ends(tmp_path, is
         if child == 0:
             counted = die_at(event)
             with written_whole(str(path)) as file:
-                write = counted(file.raw.write)
+                write = counted(file._file.raw.write)
                 for i in range(0, len(NEW), 1000):
                     write(NEW[i : i + 1000])
             os._exit(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ENVIRONMENT
-from conftest import KD, SIZES, TRAINING, load, strategy_flags
+from conftest import KD, SIZES, TRAINING, load, needs_half, strategy_flags
 from test_resume import assert_same_run
 
 FLAGS = ["--kd-queue-size", "100000", "--dropout", "0.1"]
@@ -40,6 +40,7 @@ def queued(path):
     return torch.cat(list(load(path)["task_state"]["kd"]["queues"].values()))
 
 
+@needs_half
 @pytest.mark.parametrize("strategy", ["global_level", "global_language_wise"])
 def test_a_batch_whose_gradient_overflows_might_as_well_not_have_been(train_half, tmp_path, strategy):
     flags = [*HALF, "--max-update", "6"]
@@ -55,6 +56,7 @@ def test_a_batch_whose_gradient_overflows_might_as_well_not_have_been(train_half
     assert queued(tmp_path / "a" / "checkpoint_last.pt").numel() == pytest.approx(tokens(output), abs=1)
 
 
+@needs_half
 def test_losses_that_stay_nan_end_a_half_precision_run(train_half, tmp_path):
     """After a first update that ruins the weights; the scale goes down until upstream gives up."""
     flags = [*HALF, "--lr", "1e6", "--max-update", "6", "--save-interval-updates", "1", "--disable-validation"]
