@@ -60,6 +60,19 @@ def test_killed_in_mid_epoch(distil, data, teacher, tmp_path, strategy):
     assert_same_run(tmp_path / "whole/checkpoint_last.pt", save_dir / "checkpoint_last.pt")
 
 
+def test_given_again_after_its_end(distil, tmp_path):
+    flags = ["--dropout", "0.1", "--max-update", 5]
+    first = distil(tmp_path, *flags)
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    saved = checkpoint.read_bytes()
+    again = distil(tmp_path, *flags)  # fairseq alone makes a sixth update
+    assert (first.returncode, again.returncode) == (0, 0)
+    assert "has had 5 updates, --max-update is 5: nothing is left to train" in again.output
+    assert checkpoint.read_bytes() == saved
+    assert distil(tmp_path, *flags[:2], "--max-update", 6).returncode == 0
+    assert load(checkpoint)["optimizer_history"][-1]["num_updates"] == 6
+
+
 def test_reset_optimizer_starts_with_empty_queues(distil, tmp_path):
     strategy = "global_level"
     assert distil(tmp_path, "--max-update", 5, strategy=strategy).returncode == 0

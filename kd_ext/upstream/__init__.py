@@ -15,6 +15,7 @@ TOUCHES = (
     "one_line_errors",
     "resume",
     "sanity_validation",
+    "stopped_at_max_update",
 )
 
 
