@@ -60,6 +60,23 @@ def test_killed_in_mid_epoch(distil, data, teacher, tmp_path, strategy):
     assert_same_run(tmp_path / "whole/checkpoint_last.pt", save_dir / "checkpoint_last.pt")
 
 
+# scores that never get better, one every second update: the fifth after the first ends the run
+PATIENT = ["--optimizer", "sgd", "--lr", "0", "--save-interval-updates", "2", "--patience", "5"]
+
+
+def test_patience_counts_on(distil, tmp_path):
+    for save_dir, stops in ((tmp_path / "whole", [20]), (tmp_path / "parts", [4, 6, 10, 20])):
+        for stop in stops:
+            assert distil(save_dir, *PATIENT, "--max-update", stop).returncode == 0
+        assert load(save_dir / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 12
+
+
+def test_patience_starts_anew_with_the_optimizer(distil, tmp_path):
+    assert distil(tmp_path, *PATIENT, "--max-update", 8).returncode == 0
+    assert distil(tmp_path, *PATIENT, "--max-update", 20, "--reset-optimizer").returncode == 0
+    assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 12
+
+
 def test_given_again_after_its_end(distil, tmp_path):
     flags = ["--dropout", "0.1", "--max-update", 5]
     first = distil(tmp_path, *flags)

@@ -13,6 +13,7 @@ TOUCHES = (
     "damaged_checkpoints",
     "fast_path",
     "one_line_errors",
+    "patience",
     "resume",
     "sanity_validation",
     "stopped_at_max_update",

@@ -1,0 +1,45 @@
+"""``--patience`` counts on when a run is resumed."""
+
+import functools
+import sys
+from types import SimpleNamespace
+
+from fairseq.trainer import Trainer
+
+KEY = "patience"
+COUNTS = ("best", "num_runs")
+
+
+def apply() -> None:
+    """Keep what ``--patience`` has counted in checkpoints (fairseq 0.12.2).
+
+    fairseq counts in attributes of a function, and forgets: a run that is resumed trains longer than one that was not
+    stopped. The counts are restored, and dropped, with the best score, which fairseq does keep.
+    """
+    saving, loading = Trainer.save_checkpoint, Trainer.load_checkpoint
+    if getattr(saving, "_kd_ext", False):
+        return
+
+    @functools.wraps(saving)
+    def save_checkpoint(self, filename, extra_state):
+        counter = _counter()
+        counted = {name: getattr(counter, name) for name in COUNTS if hasattr(counter, name)}
+        return saving(self, filename, {**extra_state, KEY: counted})
+
+    @functools.wraps(loading)
+    def load_checkpoint(self, filename, reset_optimizer=False, *args, reset_meters=False, **kwargs):
+        extra_state = loading(self, filename, reset_optimizer, *args, reset_meters=reset_meters, **kwargs)
+        if extra_state is not None and not reset_optimizer and not reset_meters:
+            for name, value in extra_state.get(KEY, {}).items():
+                setattr(_counter(), name, value)
+        return extra_state
+
+    save_checkpoint._kd_ext = True
+    Trainer.save_checkpoint, Trainer.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _counter():
+    """The function that counts: that of ``python -m fairseq_cli.train``, or that of all other commands."""
+    modules = map(sys.modules.get, ("__main__", "fairseq_cli.train"))
+    nowhere = SimpleNamespace()  # a program of the user's need have neither
+    return next((module.should_stop_early for module in modules if hasattr(module, "should_stop_early")), nowhere)
