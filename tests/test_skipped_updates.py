@@ -56,23 +56,20 @@ def test_a_batch_whose_gradient_overflows_might_as_well_not_have_been(train_half
     assert queued(tmp_path / "a" / "checkpoint_last.pt").numel() == pytest.approx(tokens(output), abs=1)
 
 
-@needs_half
-def test_losses_that_stay_nan_end_a_half_precision_run(train_half, tmp_path):
-    """After a first update that ruins the weights; the scale goes down until upstream gives up."""
-    flags = [*HALF, "--lr", "1e6", "--max-update", "6", "--save-interval-updates", "1", "--disable-validation"]
+@pytest.mark.parametrize(
+    ("flags", "error", "name"),
+    [
+        # the first update ruins the weights; the scale goes down until upstream gives up
+        pytest.param([*HALF, "--lr", "1e6"], "Minimum loss scale reached", "crash.pt", marks=needs_half),
+        (["--lr", "1e36"], "gradients are Nan/Inf", "checkpoint_last.pt"),
+    ],
+    ids=["half", "full"],
+)
+def test_losses_that_stay_nan_end_the_run(train_half, tmp_path, flags, error, name):
+    flags = [*flags, "--max-update", "6", "--save-interval-updates", "1", "--disable-validation"]
     status, output = train_half(tmp_path, *flags)
     assert status != 0
-    assert "FloatingPointError: Minimum loss scale reached" in output
-    values = queued(tmp_path / "crash.pt")
-    assert values.isfinite().all()
-    assert values.numel() == pytest.approx(tokens(output), abs=1)
-
-
-def test_a_loss_that_is_nan_ends_a_full_precision_run(train_half, tmp_path):
-    flags = ["--lr", "1e36", "--max-update", "6", "--save-interval-updates", "1", "--disable-validation"]
-    status, output = train_half(tmp_path, *flags)
-    assert status != 0
-    assert "FloatingPointError: gradients are Nan/Inf" in output
-    values = queued(tmp_path / "checkpoint_last.pt")
+    assert f"FloatingPointError: {error}" in output
+    values = queued(tmp_path / name)
     assert values.isfinite().all()
     assert values.numel() == pytest.approx(tokens(output), abs=1)
