@@ -20,6 +20,7 @@ VERSIONS = [
     ("3.11", "2.13.0"),
     ("3.12", "2.15.0"),
     ("3.13", "2.15.0"),
+    ("3.14", "2.15.0"),
 ]
 COLUMNS = ["torch", "numpy", "fairseq", "sacrebleu"]
 TABLE = Path(".nox", "table.md")

@@ -17,7 +17,7 @@ INSTALL = "pip install 'pip<24.1' && pip install fairseq==0.12.2"
 
 # What fairseq-train does, up to the loading of the plugin, and what can be seen then.
 PROBE = """
-import fairseq_cli.train, fairseq_cli.hydra_train
+import fairseq.dataclass.utils, fairseq_cli.train, fairseq_cli.hydra_train
 import dataclasses, json, sys
 from argparse import Namespace
 from importlib.machinery import FileFinder
@@ -33,6 +33,7 @@ active = {
     "C": "typing.io" in sys.modules,
     "D": (Namespace, "argparse.Namespace") in safe_globals,
     "E": hasattr(TransformerEncoderLayerBase.__init__, "_kd_ext"),
+    "F": hasattr(fairseq.dataclass.utils.interpret_dc_type, "_kd_ext"),
 }
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print("\\n" + json.dumps({"active": active, "devices": devices}))
@@ -53,6 +54,7 @@ REMEDIES = {
     "C": Remedy("python", (3, 13), "has no typing.io, which Hydra's parser imports"),
     "D": Remedy("torch", (2, 6), "refuses the types that fairseq's checkpoints hold"),
     "E": Remedy("torch", (1, 13), "refuses the mask of fairseq's fused encoder"),
+    "F": Remedy("python", (3, 14), "shows optional types in a way that fairseq does not know"),
 }
 
 # a part of the error with which fairseq-train ends: what to do

@@ -43,6 +43,7 @@ def test_where_training_works():
     assert words["A"] == ("active" if sys.version_info >= (3, 11) else "not needed")
     assert words["C"] == ("active" if sys.version_info >= (3, 13) else "not needed")
     assert words["E"] == "active"
+    assert words["F"] == ("active" if sys.version_info >= (3, 14) else "not needed")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="fairseq imports unaided")

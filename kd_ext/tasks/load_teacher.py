@@ -119,7 +119,8 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[t
         f"{sum(p.numel() for p in model.parameters()):,}",
         next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
     )
-    state["model"].clear()  # what upgrades it for fairseq leaves a cycle of references, with all its tensors
+    for part in (state["model"], state):  # what upgrades them for fairseq leaves cycles of references, with the whole file
+        part.clear()
     return model, fingerprint
 
 

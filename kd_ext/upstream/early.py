@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import typing
-from importlib.machinery import FileFinder
+from importlib.machinery import FileFinder, PathFinder
 from types import ModuleType
 
 
@@ -15,6 +15,8 @@ def apply() -> None:
         _restore_find_module()
     if sys.version_info >= (3, 13):
         _restore_typing_io()
+    if sys.version_info >= (3, 14):
+        _read_optional_types()
 
 
 def _allow_config_defaults() -> None:
@@ -60,3 +62,41 @@ def _restore_typing_io() -> None:
     for name in ("IO", "BinaryIO", "TextIO"):
         setattr(module, name, getattr(typing, name))
     sys.modules["typing.io"] = module
+
+
+def _read_optional_types() -> None:
+    """Python >= 3.14 shows ``Optional[int]`` as ``int | None``, by which fairseq does not know it.
+
+    fairseq 0.12.2 goes by how the types of its options are shown, and does so in its own import: the function is
+    replaced as soon as its module is there.
+    """
+    if "fairseq.dataclass.utils" not in sys.modules and _ChangesUtils not in sys.meta_path:
+        sys.meta_path.insert(0, _ChangesUtils)
+
+
+class _ChangesUtils:
+    """A meta path finder of that one module."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "fairseq.dataclass.utils":
+            return None
+        sys.meta_path.remove(cls)
+        spec = PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def load_and_change(module):
+            load(module)
+            module.interpret_dc_type = _knowing_optional_types(module.interpret_dc_type)
+
+        spec.loader.exec_module = load_and_change
+        return spec
+
+
+def _knowing_optional_types(original):
+    def interpret_dc_type(field_type):
+        arguments = getattr(field_type, "__args__", ())
+        return original(arguments[0] if type(None) in arguments else field_type)
+
+    interpret_dc_type._kd_ext = True
+    return interpret_dc_type
