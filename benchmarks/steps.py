@@ -1,6 +1,6 @@
 """(b) Whole training runs by fairseq-train: words per second and peak memory, teacher included.
 
-``python benchmarks/steps.py`` runs each variant as a process of its own on random sentences;
+``python benchmarks/steps.py`` runs each variant as a process of its own on random sentences, all of them by turns;
 ``python benchmarks/steps.py VARIANT FLAG...`` is such a process.
 """
 
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from common import HERE, THREADS, measure, peak_gb, save
+from tqdm import tqdm
 
 VOCABULARY, SENTENCES, LENGTH = 32_000, 1_000, 31
 SHAPE = {"student": (256, 3), "teacher": (512, 6)}
-UPDATES = 8
+UPDATES, ROUNDS = 8, 3
 PRECISION = "--fp16" if torch.cuda.is_available() else "--cpu"
 DISTIL = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"]
 UPSTREAM = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy"]
@@ -103,12 +104,17 @@ def main() -> None:
                 *["--kd-strategy", "global_level", "--kd-rate", 0.5, "--kd-queue-size", 100_000],
             ],
         }
-        rows = []
-        for variant, flags in variants.items():
+        found = {variant: [] for variant in variants}
+        for variant, flags in tqdm(list(variants.items()) * ROUNDS):
             flags = [*training(folder, "student", UPDATES), *flags, "--no-save"]
-            rows.append({"variant": variant, **measure("steps.py", variant, *flags)})
-            print(rows[-1], flush=True)
-            save("steps", rows, vocabulary=VOCABULARY, shape=SHAPE, max_tokens=2048, updates=UPDATES, on=PRECISION)
+            found[variant].append(measure("steps.py", variant, *flags))
+        rows = [{"variant": variant, **medians(rounds)} for variant, rounds in found.items()]
+        settings = {"vocabulary": VOCABULARY, "shape": SHAPE, "max_tokens": 2048, "updates": UPDATES, "rounds": ROUNDS}
+        save("steps", rows, **settings, on=PRECISION)
+
+
+def medians(rounds):
+    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
 if __name__ == "__main__":

@@ -119,8 +119,9 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[t
         f"{sum(p.numel() for p in model.parameters()):,}",
         next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
     )
-    for part in (state["model"], state):  # what upgrades them for fairseq leaves cycles of references, with the whole file
-        part.clear()
+    # what upgrades these two for fairseq leaves cycles of references, with all of the file
+    state["model"].clear()
+    state.clear()
     return model, fingerprint
 
 
