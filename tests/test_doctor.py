@@ -79,7 +79,7 @@ def test_with_a_broken_fairseq(empty_python, tmp_path):
 
 
 def test_a_remedy_that_is_not_at_work_is_told(monkeypatch, capsys):
-    active = dict.fromkeys("ABCDE", True)
+    active = dict.fromkeys(doctor.REMEDIES, True)
     monkeypatch.setattr(doctor, "probe", lambda: (({**active, "E": False}, ["H"]), None))
     assert doctor.main() == 1
     assert "problem: remedies not at work: E" in capsys.readouterr().out
