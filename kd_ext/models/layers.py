@@ -24,9 +24,13 @@ def drop_dead_parameters(model: nn.Module) -> None:
     """Take those copies out of a model that is complete, and will not be saved."""
     for layer in model.modules():
         if isinstance(layer, TransformerEncoderLayerBase):
-            for name in DEAD_PARAMETERS:
-                if hasattr(layer, name):
-                    delattr(layer, name)
+            _drop_from(layer)
+
+
+def _drop_from(layer: TransformerEncoderLayerBase) -> None:
+    for name in DEAD_PARAMETERS:
+        if hasattr(layer, name):
+            delattr(layer, name)
 
 
 class LeanEncoderLayer(TransformerEncoderLayerBase):
@@ -34,8 +38,7 @@ class LeanEncoderLayer(TransformerEncoderLayerBase):
 
     def __init__(self, cfg, return_fc=False):
         super().__init__(cfg, return_fc=return_fc)
-        for name in DEAD_PARAMETERS:
-            delattr(self, name)
+        _drop_from(self)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # not upstream's, which fills the dead parameters in
