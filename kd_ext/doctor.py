@@ -15,17 +15,20 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 PACKAGES = ("torch", "numpy", "fairseq", "omegaconf", "hydra-core", "sacrebleu", "pip")
 INSTALL = "pip install 'pip<24.1' && pip install fairseq==0.12.2"
 
-# What fairseq-train does, up to the loading of the plugin, and what can be seen then.
+# What fairseq-train does, up to its settings, and what can be seen then.
 PROBE = """
 import fairseq.dataclass.utils, fairseq_cli.train, fairseq_cli.hydra_train
 import dataclasses, json, sys
 from argparse import Namespace
 from importlib.machinery import FileFinder
 import torch
+from fairseq import options
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.utils import import_user_module
 
 import_user_module(Namespace(user_dir=sys.argv[1]))
+settings = options.parse_args_and_arch(options.get_training_parser(), ["data", "--arch", "transformer"])
+fairseq.dataclass.utils.convert_namespace_to_omegaconf(settings)
 safe_globals = getattr(torch.serialization, "get_safe_globals", list)()
 active = {
     "A": hasattr(dataclasses._get_field, "_kd_ext"),
