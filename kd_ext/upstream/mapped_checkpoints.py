@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
-import inspect
 import zipfile
 from typing import Iterator
 
 import torch
+
+from kd_ext.safe_loading import HAS_SAFE_GLOBALS
 
 
 @contextlib.contextmanager
@@ -18,7 +19,7 @@ def mapped_checkpoints() -> Iterator[None]:
     them must be kept: a file that is written over changes them.
     """
     original = torch.load
-    if "mmap" not in inspect.signature(original).parameters:
+    if not HAS_SAFE_GLOBALS:  # there it is not torch that reads
         yield
         return
 
