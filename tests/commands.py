@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,15 @@ def run_as_typed(name: str, *arguments: object, stdin: Optional[str] = None, **e
         timeout=300,
     )
     return Result(done.returncode, done.stdout)
+
+
+def launcher(workers: int) -> List[str]:
+    """torch's launcher, as ``--standalone``: with torch < 2 that is one port, so that no two tests could run at once."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id", address]
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(workers)]
 
 
 class Forked:

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, PLUGIN, Forked, Result, run, script
+from commands import ENVIRONMENT, PLUGIN, Forked, Result, launcher, run, script
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
 from stubs import Run, random_batch
 from test_bad_usage import assert_refused
@@ -153,8 +153,7 @@ def test_two_workers(teacher, cache, data, tmp_path):
     command = [data, *TRAINING, "--arch", "transformer", *SIZES, *cached(tmp_path / "cache"), "--max-epoch", 1]
     command += ["--teacher-cache-top-k", 8, "--teacher-checkpoint-path", teacher, "--save-dir", tmp_path]
     command += ["--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    result = as_typed(*launcher, script("fairseq-train"), *command)
+    result = as_typed(*launcher(2), script("fairseq-train"), *command)
     assert result.returncode == 0, result.output[-2000:]
     assert sums(tmp_path / "cache").all()
     first, second = np.load(tmp_path / "cache/probs.npy"), np.load(cache / "probs.npy")

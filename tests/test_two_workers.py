@@ -3,12 +3,11 @@
 import multiprocessing
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, script
+from commands import ENVIRONMENT, launcher, script
 from conftest import KD, SIZES, TRAINING, load, strategy_flags
 from kd_oracle import Oracle
 from stubs import LANGUAGES, Run, random_batch
@@ -81,8 +80,7 @@ def losses(output):
 
 
 def run_two_workers(data, save_dir, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", WORKERS]
-    command += [script("fairseq-train"), data, *TRAINING, "--arch", "transformer", *SIZES, *flags]
+    command = [*launcher(WORKERS), script("fairseq-train"), data, *TRAINING, "--arch", "transformer", *SIZES, *flags]
     command += ["--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--save-dir", save_dir]
     done = subprocess.run(
         list(map(str, command)),
