@@ -56,7 +56,7 @@ def run_as_typed(name: str, *arguments: object, stdin: Optional[str] = None, **e
 
 
 def launcher(workers: int) -> List[str]:
-    """torch's launcher, as ``--standalone``: with torch < 2 that is one port, so that no two tests could run at once."""
+    """torch's launcher on a free port; with torch < 2 ``--standalone`` is one port, which two tests cannot share."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         address = f"localhost:{found.getsockname()[1]}"

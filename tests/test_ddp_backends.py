@@ -47,7 +47,7 @@ def gradients_of(model):
 def worker(rank, backend, tied, store, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
-    run, student = build(tied, has_dead="unused" in backend)
+    run, student = build(tied, has_dead=backend != "pytorch_ddp")
     wrapped = ModuleProxyWrapper(BACKENDS[backend](student))
     for step in range(STEPS):
         student.zero_grad()
@@ -64,14 +64,15 @@ def test_two_workers_have_the_gradients_of_one(backend, tied, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     arguments = [(rank, backend, tied, tmp_path / "store", results) for rank in range(WORKERS)]
-    processes = [context.Process(target=worker, args=of_rank) for of_rank in arguments]
+    processes = [context.Process(target=worker, args=of_rank, daemon=True) for of_rank in arguments]
     for process in processes:
         process.start()
     found = [results.get(timeout=100) for _ in processes]
     for process in processes:
         process.join(60)
+        assert process.exitcode == 0
 
-    run, student = build(tied, has_dead="unused" in backend)
+    run, student = build(tied, has_dead=backend != "pytorch_ddp")
     for rank in range(WORKERS):
         run.criterion(student, sample_of(run, rank, STEPS - 1))[0].backward()
     expected = gradients_of(student)

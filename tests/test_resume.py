@@ -69,6 +69,9 @@ def test_patience_counts_on(distil, tmp_path):
         for stop in stops:
             assert distil(save_dir, *PATIENT, "--max-update", stop).returncode == 0
         assert load(save_dir / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 12
+        again = distil(save_dir, *PATIENT, "--max-update", 20)
+        assert "--patience 5: the checkpoint has had 5 validations" in again.output
+        assert load(save_dir / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 12
 
 
 def test_patience_starts_anew_with_the_optimizer(distil, tmp_path):
@@ -84,7 +87,7 @@ def test_given_again_after_its_end(distil, tmp_path):
     saved = checkpoint.read_bytes()
     again = distil(tmp_path, *flags)  # fairseq alone makes a sixth update
     assert (first.returncode, again.returncode) == (0, 0)
-    assert "has had 5 updates, --max-update is 5: nothing is left to train" in again.output
+    assert "--max-update 5: the checkpoint has had 5 updates: nothing is left to train" in again.output
     assert checkpoint.read_bytes() == saved
     assert distil(tmp_path, *flags[:2], "--max-update", 6).returncode == 0
     assert load(checkpoint)["optimizer_history"][-1]["num_updates"] == 6

@@ -70,10 +70,16 @@ def identify_teacher(checkpoint_path: str, overrides: str) -> str:
 
 
 def _fingerprint_of_file(path: str, settings: Dict[str, Any]) -> str:
-    weights = _read_checkpoint(path, settings)["model"]
-    fingerprint = model_fingerprint(weights)
-    weights.clear()  # as after building a model of them
+    state = _read_checkpoint(path, settings)
+    fingerprint = model_fingerprint(state["model"])
+    _let_go(state)
     return fingerprint
+
+
+def _let_go(state: Dict[str, Any]) -> None:
+    """What upgrades a checkpoint for fairseq leaves cycles of references, with all of the file."""
+    state["model"].clear()
+    state.clear()
 
 
 def _identity(fingerprints: Sequence[str], settings: Dict[str, Any]) -> str:
@@ -119,9 +125,7 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[t
         f"{sum(p.numel() for p in model.parameters()):,}",
         next((str(v.dtype) for v in state["model"].values() if v.is_floating_point()), "no floats"),
     )
-    # what upgrades these two for fairseq leaves cycles of references, with all of the file
-    state["model"].clear()
-    state.clear()
+    _let_go(state)
     return model, fingerprint
 
 

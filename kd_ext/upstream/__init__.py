@@ -16,7 +16,7 @@ TOUCHES = (
     "patience",
     "resume",
     "sanity_validation",
-    "stopped_at_max_update",
+    "runs_that_ended",  # after the pass before the first update
 )
 
 

@@ -81,12 +81,14 @@ class _ChangesUtils:
     def find_spec(cls, name, path=None, target=None):
         if name != "fairseq.dataclass.utils":
             return None
-        sys.meta_path.remove(cls)
         spec = PathFinder.find_spec(name, path, target)
+        if spec is None:
+            return None
         load = spec.loader.exec_module
 
         def load_and_change(module):
             load(module)
+            sys.meta_path.remove(cls)
             module.interpret_dc_type = _knowing_optional_types(module.interpret_dc_type)
 
         spec.loader.exec_module = load_and_change
@@ -95,8 +97,8 @@ class _ChangesUtils:
 
 def _knowing_optional_types(original):
     def interpret_dc_type(field_type):
-        arguments = getattr(field_type, "__args__", ())
-        return original(arguments[0] if type(None) in arguments else field_type)
+        is_optional = typing.get_origin(field_type) is typing.Union and type(None) in field_type.__args__
+        return original(field_type.__args__[0] if is_optional else field_type)
 
     interpret_dc_type._kd_ext = True
     return interpret_dc_type

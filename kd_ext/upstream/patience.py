@@ -3,6 +3,7 @@
 import functools
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 from fairseq.trainer import Trainer
 
@@ -22,23 +23,30 @@ def apply() -> None:
 
     @functools.wraps(saving)
     def save_checkpoint(self, filename, extra_state):
-        counter = _counter()
-        counted = {name: getattr(counter, name) for name in COUNTS if hasattr(counter, name)}
+        counting = counter()
+        counted = {name: getattr(counting, name) for name in COUNTS if hasattr(counting, name)}
         return saving(self, filename, {**extra_state, KEY: counted})
 
     @functools.wraps(loading)
-    def load_checkpoint(self, filename, reset_optimizer=False, *args, reset_meters=False, **kwargs):
-        extra_state = loading(self, filename, reset_optimizer, *args, reset_meters=reset_meters, **kwargs)
+    def load_checkpoint(
+        self,
+        filename,
+        reset_optimizer=False,
+        reset_lr_scheduler=False,
+        optimizer_overrides=None,
+        reset_meters=False,
+    ):
+        extra_state = loading(self, filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters)
         if extra_state is not None and not reset_optimizer and not reset_meters:
             for name, value in extra_state.get(KEY, {}).items():
-                setattr(_counter(), name, value)
+                setattr(counter(), name, value)
         return extra_state
 
     save_checkpoint._kd_ext = True
     Trainer.save_checkpoint, Trainer.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-def _counter():
+def counter() -> Any:
     """The function that counts: that of ``python -m fairseq_cli.train``, or that of all other commands."""
     modules = map(sys.modules.get, ("__main__", "fairseq_cli.train"))
     nowhere = SimpleNamespace()  # a program of the user's need have neither

@@ -1,0 +1,51 @@
+"""A run that has ended makes no more updates when it is started again."""
+
+import functools
+import logging
+import math
+from typing import Any, Optional
+
+from fairseq import checkpoint_utils
+
+from kd_ext.upstream.patience import counter
+
+logger = logging.getLogger(__name__)
+
+
+class _NoMoreEpochs:
+    """In place of the iterator of epochs: fairseq trains while the number of the next one is <= ``--max-epoch``."""
+
+    next_epoch_idx = math.nan
+
+
+def apply() -> None:
+    """Look at ``--max-update`` and ``--patience`` before the first update, too (fairseq 0.12.2).
+
+    fairseq looks only after an update: the command of a run that has ended, or was killed between its last checkpoint
+    and its exit, trains on each time it is given, and saves that over the result.
+    """
+    original = checkpoint_utils.load_checkpoint
+    if getattr(original, "_kd_ext_stops", False):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint(cfg, trainer, **kwargs):
+        extra_state, epoch_itr = original(cfg, trainer, **kwargs)
+        reason = _why_ended(trainer)
+        if reason is not None:
+            logger.warning("%s: nothing is left to train; raise it, or begin anew by --reset-optimizer", reason)
+            epoch_itr = _NoMoreEpochs()
+        return extra_state, epoch_itr
+
+    load_checkpoint._kd_ext_stops = True
+    checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def _why_ended(trainer: Any) -> Optional[str]:
+    done, most = trainer.get_num_updates(), trainer.cfg.optimization.max_update
+    if 0 < most <= done:
+        return f"--max-update {most}: the checkpoint has had {done} updates"
+    patience, waited = trainer.cfg.checkpoint.patience, getattr(counter(), "num_runs", 0)
+    if 0 < patience <= waited:
+        return f"--patience {patience}: the checkpoint has had {waited} validations without a better score"
+    return None
