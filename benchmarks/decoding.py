@@ -1,13 +1,14 @@
 """(d) The decoding speed of each architecture, as words per second over upstream's transformer.
 
-``python benchmarks/decoding.py`` decodes one batch by beam search with fairseq's generator, the architectures by turns.
+``python benchmarks/decoding.py`` decodes one batch by beam search with fairseq's generator, the architectures by turns,
+on a GPU in half precision too.
 """
 
 import statistics
 import time
 
 import torch
-from common import THREADS, save
+from common import DEVICE, PRECISIONS, THREADS, save, wait_for_device
 from fairseq.sequence_generator import SequenceGenerator
 from models import build, dictionary
 from tqdm import tqdm
@@ -36,27 +37,35 @@ def main() -> None:
     words = dictionary(VOCABULARY)
     sample = {
         "net_input": {
-            "src_tokens": torch.randint(4, VOCABULARY, (SENTENCES, LENGTH)),
-            "src_lengths": torch.full((SENTENCES,), LENGTH),
+            "src_tokens": torch.randint(4, VOCABULARY, (SENTENCES, LENGTH), device=DEVICE),
+            "src_lengths": torch.full((SENTENCES,), LENGTH, device=DEVICE),
         }
     }
+    rows = [
+        {"precision": precision, "variant": variant, "words_per_second": SENTENCES * LENGTH / statistics.median(taken)}
+        for precision in PRECISIONS
+        for variant, taken in decode(words, sample, getattr(torch, precision)).items()
+    ]
+    save("decoding", rows, size=SIZE, vocabulary=VOCABULARY, sentences=SENTENCES, length=LENGTH, beam=BEAM)
+
+
+def decode(words, sample, dtype):
+    """The seconds that each variant takes for the batch, in each round."""
     generators, taken = {}, {variant: [] for variant in VARIANTS}
     for variant, (family, settings) in VARIANTS.items():
-        model = build(family + SIZE, words, share_all_embeddings=True, **settings).eval()
+        model = build(family + SIZE, words, share_all_embeddings=True, **settings).eval().to(DEVICE, dtype)
         # every sentence as long as the next, whatever the random weights say
         lengths = {"max_len_a": 0, "max_len_b": LENGTH, "min_len": LENGTH}
         generators[variant] = SequenceGenerator([model], words, beam_size=BEAM, **lengths)
     for turn in tqdm(range(ROUNDS + 1)):
         for variant, generator in generators.items():
+            wait_for_device()
             start = time.perf_counter()
             generator.generate([], sample)
+            wait_for_device()
             if turn > 0:  # the first warms up
                 taken[variant].append(time.perf_counter() - start)
-    rows = [
-        {"variant": variant, "words_per_second": SENTENCES * LENGTH / statistics.median(seconds)}
-        for variant, seconds in taken.items()
-    ]
-    save("decoding", rows, size=SIZE, vocabulary=VOCABULARY, sentences=SENTENCES, length=LENGTH, beam=BEAM)
+    return taken
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 import time
 
 import torch
-from common import THREADS, available_gb, measure, peak_gb, save
+from common import DEVICE, PRECISIONS, THREADS, available_gb, measure, peak_gb, save, wait_for_device
 from torch.nn import functional as F
 
 from kd_ext.modules.chunked_logits import LinearLogits, chunk_rows
@@ -19,8 +19,6 @@ from kd_ext.modules.chunked_loss import Weights, chunked_loss
 TOKENS, STUDENT, TEACHER = 2048, 256, 512
 EPSILON, ALPHA = 0.1, 0.5
 VOCABULARIES = [8_000, 32_000, 64_000, 256_000]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRECISIONS = ["float32", "float16", "bfloat16"] if DEVICE == "cuda" else ["float32"]
 # which need n x V elements this many times over
 PLAIN = {"plain cross-entropy": 4, "plain distillation": 7}
 
@@ -106,10 +104,10 @@ def one(variant: str, vocabulary: int, precision: str) -> None:
     before, seconds = peak_gb(), []
     for _ in range(max(2, 500_000 // vocabulary)):  # the smallest of more is steadier, where that takes no time
         x.grad = weight.grad = None
+        wait_for_device()
         start = time.perf_counter()
         VARIANTS[variant](x, weight, target, teacher_x, teacher_weight)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
     print(json.dumps({"seconds": min(seconds), "peak_gb": peak_gb() - before}))
 

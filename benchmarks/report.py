@@ -54,30 +54,35 @@ def loss(rows: List[Dict[str, Any]]) -> str:
     return table(header, lines) + "\n![memory](loss-memory.png) ![time](loss-time.png)\n"
 
 
-def steps(rows: List[Dict[str, Any]]) -> str:
-    """Speed and memory over upstream without distillation, of the same run."""
-    base = rows[0]
-    lines = [
-        [row["variant"], number(row["words_per_second"], 0), ratio(row["words_per_second"], base["words_per_second"])]
-        + [number(row["peak_gb"]), ratio(row["peak_gb"], base["peak_gb"])]
+def over_first(rows: List[Dict[str, Any]], name: str, digits: int) -> List[List[str]]:
+    """Of each row its precision, its variant, what it measured under `name`, and that over the first row's."""
+    first = {row["precision"]: row[name] for row in reversed(rows)}
+    return [
+        [row["precision"], row["variant"], number(row[name], digits), ratio(row[name], first[row["precision"]])]
         for row in rows
     ]
-    return table(["training", "words per second", "over upstream", "peak GB", "over upstream"], lines)
+
+
+def steps(rows: List[Dict[str, Any]]) -> str:
+    """Speed and memory over upstream without distillation, of the same run."""
+    speed, memory = over_first(rows, "words_per_second", 0), over_first(rows, "peak_gb", 2)
+    lines = [fast + lean[2:] for fast, lean in zip(speed, memory)]
+    return table(["precision", "training", "words per second", "over upstream", "peak GB", "over upstream"], lines)
 
 
 def queue_gate(rows: List[Dict[str, Any]]) -> str:
     lines = [
-        [f"{row['queue']:,}", number(1e3 * row["push"], 3), number(1e3 * row["gate"], 3), f"{100 * row['share']:.2f} %"]
+        [row["precision"], f"{row['queue']:,}", number(1e3 * row["push"], 3), number(1e3 * row["gate"], 3)]
+        + [f"{100 * row['share']:.2f} %"]
         for row in rows
     ]
-    return table(["queue, tokens", "push, ms", "gate, ms", "of a step"], lines)
+    return table(["precision of the step", "queue, tokens", "push, ms", "gate, ms", "of a step"], lines)
 
 
 def decoding(rows: List[Dict[str, Any]]) -> str:
     """Speed over upstream's transformer, of the same run."""
-    base = rows[0]["words_per_second"]
-    lines = [[r["variant"], number(r["words_per_second"], 0), ratio(r["words_per_second"], base)] for r in rows]
-    return table(["architecture", "words per second", "over upstream"], lines)
+    header = ["precision", "architecture", "words per second", "over upstream"]
+    return table(header, over_first(rows, "words_per_second", 0))
 
 
 def cache_quality(rows: List[Dict[str, Any]]) -> str:
@@ -87,13 +92,17 @@ def cache_quality(rows: List[Dict[str, Any]]) -> str:
 
 def adapter_tuning(rows: List[Dict[str, Any]]) -> str:
     """Time and memory of a step over full fine-tuning's, of the same run."""
-    base = rows[0]
-    lines = [
-        [row["variant"], f"{row['trained']:,}", number(row["seconds"], 3), ratio(row["seconds"], base["seconds"])]
-        + [number(row["gb"]), ratio(row["gb"], base["gb"])]
-        for row in rows
-    ]
-    return table(["tuning", "trained", "seconds a step", "over full", "GB beyond the model", "over full"], lines)
+    time, memory = over_first(rows, "seconds", 3), over_first(rows, "gb", 2)
+    trained = [f"{row['trained']:,}" for row in rows]
+    lines = [fast[:2] + [count] + fast[2:] + lean[2:] for count, fast, lean in zip(trained, time, memory)]
+    header = ["precision", "tuning", "trained", "seconds a step", "over full", "GB beyond the model", "over full"]
+    return table(header, lines)
+
+
+def startup(rows: List[Dict[str, Any]]) -> str:
+    (row,) = rows
+    line = [number(row["ratio"], 3), number(1e3 * row["difference"]), number(1e3 * row["hook"])]
+    return table(["with the hook over without", "difference, ms", "the hook's own import, ms"], [line])
 
 
 def main() -> None:
@@ -105,6 +114,7 @@ def main() -> None:
         decoding: "Decoding",
         adapter_tuning: "Adapter tuning",
         cache_quality: "Quality from a teacher cache",
+        startup: "The start of an interpreter, with the start-up line and without",
     }
     for section, title in titles.items():
         path = RESULTS / f"{section.__name__}.json"

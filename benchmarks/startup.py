@@ -1,7 +1,7 @@
 """What the start-up hook adds to the start of an interpreter, against one without it.
 
 ``python benchmarks/startup.py`` makes two bare environments of the same Python, one of which has the hook, and starts
-both in turn. The hook's own time is the one that ``-X importtime`` reports for it.
+both in turn. The hook's own time is the one that ``-X importtime`` reports for it. Seconds.
 """
 
 import os
@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 import venv
 from pathlib import Path
+
+from common import save
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = 200
@@ -49,8 +51,9 @@ def main():
                 taken.append(time_start(python))
         hook = statistics.median(time_hook(with_hook) for _ in range(RUNS))
     plain, hooked = (statistics.median(taken) for taken in times.values())
-    print(f"start of an interpreter with the hook / without: {hooked / plain:.3f} (medians of {RUNS} in turn)")
-    print(f"difference: {(hooked - plain) * 1e3:.2f} ms; the hook's own import: {hook * 1e3:.2f} ms")
+    row = {"ratio": hooked / plain, "difference": hooked - plain, "hook": hook}
+    print(row)
+    save("startup", [row], runs=RUNS)
 
 
 if __name__ == "__main__":

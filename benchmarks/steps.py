@@ -1,9 +1,10 @@
 """(b) Whole training runs by fairseq-train: words per second and peak memory, teacher included.
 
-``python benchmarks/steps.py`` runs each variant as a process of its own on random sentences, all of them by turns;
-``python benchmarks/steps.py VARIANT FLAG...`` is such a process.
+``python benchmarks/steps.py`` runs each variant as a process of its own on random sentences, all of them by turns,
+on a GPU in half precision; ``python benchmarks/steps.py VARIANT FLAG...`` is such a process.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -12,13 +13,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import HERE, THREADS, measure, peak_gb, save
+from common import DEVICE, HERE, THREADS, measure, peak_gb, save
 from tqdm import tqdm
 
 VOCABULARY, SENTENCES, LENGTH = 32_000, 1_000, 31
 SHAPE = {"student": (256, 3), "teacher": (512, 6)}
 UPDATES, ROUNDS = 8, 3
-PRECISION = "--fp16" if torch.cuda.is_available() else "--cpu"
+RUNS = {"float16": "--fp16", "bfloat16": "--bf16"} if DEVICE == "cuda" else {"float32": "--cpu"}
 DISTIL = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"]
 UPSTREAM = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy"]
 
@@ -49,12 +50,12 @@ def make_data(folder: Path) -> None:
 
 def fill(folder: Path, *flags) -> None:
     """A complete cache, as a user would have it."""
-    command = [sys.executable, "-m", "kd_ext.teacher_cache", folder, "--max-tokens", 2048, PRECISION, *flags]
+    command = [sys.executable, "-m", "kd_ext.teacher_cache", folder, "--max-tokens", 2048, *flags]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def training(folder: Path, name: str, updates: int):
-    flags = [folder, "--user-dir", HERE.parent / "kd_ext", *model_flags(name), "--max-update", updates, PRECISION]
+    flags = [folder, "--user-dir", HERE.parent / "kd_ext", *model_flags(name), "--max-update", updates]
     flags += ["--optimizer", "adam", "--lr", "1e-4", "--max-tokens", 2048, "--label-smoothing", 0.1]
     flags += ["--disable-validation", "--num-workers", 0, "--log-interval", 1, "--log-format", "simple"]
     return flags + ["--save-dir", folder / name, "--no-epoch-checkpoints"]
@@ -89,10 +90,11 @@ def main() -> None:
         folder = Path(name)
         make_data(folder)
         teacher = folder / "teacher" / "checkpoint_last.pt"
-        measure("steps.py", "teacher", *training(folder, "teacher", 1), *UPSTREAM)
+        first = next(iter(RUNS.values()))
+        measure("steps.py", "teacher", *training(folder, "teacher", 1), *UPSTREAM, first)
         distil = [*DISTIL, "--teacher-checkpoint-path", teacher]
         cache = [*DISTIL, "--teacher-cache-dir", folder / "cache"]
-        fill(folder, *cache, "--teacher-checkpoint-path", teacher)
+        fill(folder, *cache, "--teacher-checkpoint-path", teacher, first)
         variants = {
             "upstream": UPSTREAM,
             "plain distillation": distil,
@@ -104,13 +106,14 @@ def main() -> None:
                 *["--kd-strategy", "global_level", "--kd-rate", 0.5, "--kd-queue-size", 100_000],
             ],
         }
-        found = {variant: [] for variant in variants}
-        for variant, flags in tqdm(list(variants.items()) * ROUNDS):
-            flags = [*training(folder, "student", UPDATES), *flags, "--no-save"]
-            found[variant].append(measure("steps.py", variant, *flags))
-        rows = [{"variant": variant, **medians(rounds)} for variant, rounds in found.items()]
+        runs = list(itertools.product(RUNS, variants))
+        found = {run: [] for run in runs}
+        for precision, variant in tqdm(runs * ROUNDS):
+            flags = [*training(folder, "student", UPDATES), *variants[variant], RUNS[precision], "--no-save"]
+            found[precision, variant].append(measure("steps.py", variant, *flags))
+        rows = [{"precision": run[0], "variant": run[1], **medians(rounds)} for run, rounds in found.items()]
         settings = {"vocabulary": VOCABULARY, "shape": SHAPE, "max_tokens": 2048, "updates": UPDATES, "rounds": ROUNDS}
-        save("steps", rows, **settings, on=PRECISION)
+        save("steps", rows, **settings)
 
 
 def medians(rounds):
