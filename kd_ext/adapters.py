@@ -87,12 +87,13 @@ def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) 
         where = f" on the {side}" if side else ""
         raise ConfigError(f"id {adapter_id}: {path} has no such adapter{where}; it has: {known}")
     keys = [f"{s}_{key}" for s in sides for key in SIDE_SETTINGS] + list(SHARED_SETTINGS)
+    tensors = _tensors(model, adapter_id, sides)
     file = {
         "format": FORMAT,
         "id": adapter_id,
-        "base": fingerprint(model),
+        "base": _fingerprint_seen_by(tensors, model),
         "settings": {key: str(_get(settings, key)) for key in keys},
-        "tensors": {name: tensor.clone() for name, tensor in _tensors(model, adapter_id, sides).items()},
+        "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
     }
     _write(file, output)
     return (
@@ -112,9 +113,9 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
     state = _read_checkpoint(path)
     model, settings = dict(state["model"]), _settings(state)
     _use_our_architecture(path, settings)
-    base = fingerprint(model)
     for file_name in adapters:
         file = _read_adapter(file_name)
+        base = _fingerprint_seen_by(file["tensors"], model)
         if file["base"] != base:
             raise ConfigError(
                 f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {base}; "
@@ -144,6 +145,15 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
 def fingerprint(model: Dict[str, Tensor]) -> str:
     """Of all weights of a model but its adapters'; the same for upstream's checkpoint."""
     return model_fingerprint({name: tensor for name, tensor in model.items() if adapter_of(name) is None})
+
+
+def _fingerprint_seen_by(tensors: Dict[str, Tensor], model: Dict[str, Tensor]) -> str:
+    """Of the base in the dtype of an adapter's `tensors`.
+
+    A run with --fp16 or --bf16 rounds the base that it is given, and saves it so, beside adapters of that dtype.
+    """
+    dtype = next(iter(tensors.values())).dtype
+    return fingerprint({name: t.to(dtype) if t.is_floating_point() else t for name, t in model.items()})
 
 
 def _base_weights(model: Dict[str, Tensor]) -> Dict[str, Tensor]:

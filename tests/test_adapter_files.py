@@ -1,5 +1,6 @@
 """python -m kd_ext.adapters: list, export and merge."""
 
+import copy
 import errno
 import pickle
 from argparse import Namespace
@@ -136,6 +137,30 @@ def test_another_base_is_refused(tmp_path, trained):
     with pytest.raises(ConfigError, match=r"its adapter hi is of base [0-9a-f]{16}, and .*other.pt is of base"):
         tool.merge(other, [str(tmp_path / "hi")], str(tmp_path / "out.pt"))
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_of_a_run_in_half_precision_go_into_their_float32_base(tmp_path, base, trained, dtype):
+    """Such a run saves its base rounded, as fairseq's --fp16 and --bf16 do."""
+    args, (_, model) = read(trained["hi"][0])["cfg"]["model"], trained["hi"]
+    rounded = save(tmp_path / "rounded.pt", args, copy.deepcopy(model).to(dtype))
+    once, twice = str(tmp_path / "once.pt"), str(tmp_path / "twice.pt")
+    tool.export(rounded, "hi", str(tmp_path / "hi"))
+    tool.merge(base[0], [str(tmp_path / "hi")], once)
+    tool.export(once, "hi", str(tmp_path / "again"))
+    tool.merge(base[0], [str(tmp_path / "again")], twice)
+    src, prev = batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapters.hi." in name:
+                parameter.copy_(parameter.to(dtype))
+    for merged in (once, twice):
+        assert torch.equal(logits(load(merged, "hi"), src, prev), logits(model, src, prev))
+        assert torch.equal(logits(load(merged, "none"), src, prev), logits(base[1].eval(), src, prev))
+
+    other = build_from(settings("transformer", **NORM), seed=2)
+    with pytest.raises(ConfigError, match="its adapter hi is of base"):
+        tool.merge(save(tmp_path / "other.pt", args, other), [str(tmp_path / "hi")], str(tmp_path / "out.pt"))
 
 
 def test_contradictions_are_refused(tmp_path, base, trained):
