@@ -1,8 +1,9 @@
-"""(c) The gate and the queue over sizes of the queue, as shares of a training step.
+"""(c) The selection by queues over their sizes, as shares of a training step, and its gates against a plain search.
 
 ``python benchmarks/queue_gate.py``, on a GPU against steps in half precision too.
 """
 
+import itertools
 import statistics
 import time
 
@@ -12,10 +13,12 @@ from models import build, dictionary
 
 from kd_ext.models.output_projection import find_projection
 from kd_ext.modules.chunked_loss import Weights, chunked_loss
-from kd_ext.modules.token_queue import TokenQueue
+from kd_ext.modules.token_selection import GlobalLanguageWise
 
 TOKENS, LENGTH, VOCABULARY, RATE = 2048, 32, 32_000, 0.5
 SIZES = [10_000, 100_000, 1_000_000, 4_000_000]
+LANGUAGES = [1, 11]
+BATCHES = 100
 
 
 def make_step(precision):
@@ -39,32 +42,46 @@ def make_step(precision):
     return step
 
 
-def seconds(function, times):
-    taken = []
-    for _ in range(times):
-        wait_for_device()
-        start = time.perf_counter()
-        function()
-        wait_for_device()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+def timed(function, *arguments):
+    """In seconds."""
+    wait_for_device()
+    start = time.perf_counter()
+    function(*arguments)
+    wait_for_device()
+    return time.perf_counter() - start
+
+
+def losses(count, batch):
+    """Of tokens, smaller as training goes on."""
+    return torch.rand(count, device=DEVICE) * (10 - 0.01 * batch)
+
+
+def select(size, languages):
+    """Mean times of a batch's selection by full queues, and of a search of all of their values."""
+    pools = [f"language {i}" for i in range(languages)] + ["others"]
+    selector = GlobalLanguageWise(RATE, size, pools, gather=lambda values: values)
+    queues = {pool: losses(size, 0) for pool in pools[:-1]}
+    selector.load_state_dict(queues)
+    language = torch.arange(TOKENS, device=DEVICE) % languages
+    selection = []
+    for batch in range(BATCHES):
+        nll = losses(TOKENS, batch)
+        selection.append(timed(selector.select, nll, language))
+        selector.commit()
+    search = [timed(lambda: [x.kthvalue(size // 2) for x in queues.values()]) for _ in range(5)]
+    return {"selection": statistics.mean(selection), "search": statistics.mean(search)}
 
 
 def main() -> None:
     torch.set_num_threads(THREADS)
     rows = []
     for precision in PRECISIONS:
-        step = seconds(make_step(precision), 5)
-        for size in SIZES:
-            queue = TokenQueue.from_values(size, torch.rand(size, device=DEVICE) * 10)
-
-            def push(queue=queue):
-                queue.push(torch.rand(TOKENS, device=DEVICE) * 10)
-                queue.commit()
-
-            taken = {"push": seconds(push, 20), "gate": seconds(lambda queue=queue: queue.gate(RATE), 20)}
-            share = sum(taken.values()) / step
-            rows.append({"precision": precision, "queue": size, **taken, "step": step, "share": share})
+        function = make_step(precision)
+        step = statistics.median(timed(function) for _ in range(5))
+        for languages, size in itertools.product(LANGUAGES, SIZES):
+            taken = select(size, languages)
+            row = {"precision": precision, "queues": languages, "size": size, **taken, "step": step}
+            rows.append({**row, "share": taken["selection"] / step})
             print(rows[-1], flush=True)
     save("queue_gate", rows, tokens=TOKENS, vocabulary=VOCABULARY, rate=RATE)
 

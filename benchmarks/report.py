@@ -72,11 +72,12 @@ def steps(rows: List[Dict[str, Any]]) -> str:
 
 def queue_gate(rows: List[Dict[str, Any]]) -> str:
     lines = [
-        [row["precision"], f"{row['queue']:,}", number(1e3 * row["push"], 3), number(1e3 * row["gate"], 3)]
-        + [f"{100 * row['share']:.2f} %"]
+        [row["precision"], row["queues"], f"{row['size']:,}", number(1e3 * row["selection"], 3)]
+        + [number(1e3 * row["search"], 3), f"{100 * row['share']:.2f} %"]
         for row in rows
     ]
-    return table(["precision of the step", "queue, tokens", "push, ms", "gate, ms", "of a step"], lines)
+    header = ["precision of the step", "queues", "tokens each", "selection, ms", "plain search, ms", "of a step"]
+    return table(header, lines)
 
 
 def decoding(rows: List[Dict[str, Any]]) -> str:

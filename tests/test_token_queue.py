@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, Decimal
 import pytest
 import torch
 
-from kd_ext.modules.token_queue import TokenQueue, kth_largest, selection_size
+from kd_ext.modules.token_queue import TokenQueue, selection_size
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 64])
@@ -67,8 +67,3 @@ def test_selection_size_is_exact():
         for rate in (0.1, 0.3, 0.55, 1 / 3):
             exact = int((Decimal(repr(rate)) * pool).to_integral_value(ROUND_CEILING))
             assert selection_size(rate, pool) == exact
-
-
-def test_kth_largest_with_ties():
-    values = torch.tensor([3.0, 1.0, 3.0, 2.0])
-    assert [kth_largest(values, k).item() for k in (1, 2, 3, 4)] == [3, 3, 2, 1]

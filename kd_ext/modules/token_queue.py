@@ -7,6 +7,8 @@ from typing import List, NamedTuple
 import torch
 from torch import Tensor
 
+from kd_ext.modules.running_rank import RunningRank
+
 
 def selection_size(rate: float, pool: int) -> int:
     """``ceil(rate * pool)`` for the decimal number that `rate` prints as.
@@ -14,19 +16,6 @@ def selection_size(rate: float, pool: int) -> int:
     In floating point 0.07 * 100 is a little over 7, and would select 8.
     """
     return ceil(Fraction(repr(rate)) * pool)
-
-
-def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The `k`-th largest of `values`.
-
-    Args:
-        values: shape ``(pool,)``, not empty
-        k: from 1 to pool
-
-    Returns:
-        a scalar tensor on the values' device; nothing waits for it
-    """
-    return values.kthvalue(values.numel() - k + 1).values
 
 
 class _Undo(NamedTuple):
@@ -52,6 +41,7 @@ class TokenQueue:
         self._start = 0  # the slot that the next value goes to
         self._size = 0
         self._undo: List[_Undo] = []
+        self._kth_largest = RunningRank()
 
     def __len__(self) -> int:
         return self._size
@@ -76,7 +66,7 @@ class TokenQueue:
 
     def gate(self, rate: float) -> Tensor:
         """The ``ceil(rate * len)``-th largest value, as a scalar tensor; the queue must not be empty."""
-        return kth_largest(self._ring[: self._size], selection_size(rate, self._size))
+        return self._kth_largest(self._ring[: self._size], selection_size(rate, self._size))
 
     def commit(self) -> None:
         """Make the pushes so far final."""

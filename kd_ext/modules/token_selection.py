@@ -12,7 +12,8 @@ from typing import Any, Callable, Dict, NamedTuple, Sequence, Tuple, Type
 import torch
 from torch import Tensor
 
-from kd_ext.modules.token_queue import TokenQueue, kth_largest, selection_size
+from kd_ext.modules.running_rank import kth_largest
+from kd_ext.modules.token_queue import TokenQueue, selection_size
 
 logger = logging.getLogger(__name__)
 
