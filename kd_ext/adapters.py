@@ -18,6 +18,7 @@ from kd_ext.models.extension_flags import SIDES, activation_key
 from kd_ext.modules.adapter import adapter_of
 from kd_ext.reading import explained
 from kd_ext.safe_loading import load
+from kd_ext.saved_settings import get, model_settings
 from kd_ext.writing import written_whole
 
 FORMAT = "kd_ext adapter 1"
@@ -62,13 +63,13 @@ def _parser() -> argparse.ArgumentParser:
 def describe(path: str) -> List[str]:
     """One line for the base, and one for each adapter of a checkpoint."""
     state = _read_checkpoint(path)
-    model, settings = state["model"], _settings(state)
+    model, settings = state["model"], model_settings(state)
     base = _base_weights(model)
     lines = [f"base {fingerprint(model)}: {sum(t.numel() for t in base.values()):,} weights"]
     for side in SIDES:
         for name in _ids(model, side):
             size = sum(t.numel() for t in _tensors(model, name, [side]).values())
-            trained = ", trained" if _get(settings, f"{side}_train_adapter") == name else ""
+            trained = ", trained" if get(settings, f"{side}_train_adapter") == name else ""
             lines.append(f"{side} {name}: {size:,} weights{trained}")
     return lines if len(lines) > 1 else lines + ["no adapters"]
 
@@ -80,20 +81,19 @@ def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) 
         ConfigError: if the checkpoint has no such adapter; the message lists those that it has
     """
     state = _read_checkpoint(path)
-    model, settings = state["model"], _settings(state)
+    model, settings = state["model"], model_settings(state)
     sides = [s for s in SIDES if s in (side or s) and adapter_id in _ids(model, s)]
     if not sides:
         known = "; ".join(f"{s} {', '.join(_ids(model, s)) or 'none'}" for s in SIDES)
         where = f" on the {side}" if side else ""
         raise ConfigError(f"id {adapter_id}: {path} has no such adapter{where}; it has: {known}")
     keys = [f"{s}_{key}" for s in sides for key in SIDE_SETTINGS] + list(SHARED_SETTINGS)
-    tensors = _tensors(model, adapter_id, sides)
     file = {
         "format": FORMAT,
         "id": adapter_id,
-        "base": _fingerprint_seen_by(tensors, model),
-        "settings": {key: str(_get(settings, key)) for key in keys},
-        "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
+        "base": fingerprint(model),
+        "settings": {key: str(get(settings, key)) for key in keys},
+        "tensors": {name: tensor.clone() for name, tensor in _tensors(model, adapter_id, sides).items()},
     }
     _write(file, output)
     return (
@@ -105,20 +105,21 @@ def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) 
 def merge(path: str, adapters: Sequence[str], output: str) -> str:
     """Write the checkpoint `path` with adapters added as `output`; returns what was done.
 
-    Translating with one of them gives what it gave in the checkpoint that it was exported from.
+    Translating with one of them gives what it gave in the checkpoint that it was exported from, to the last bit where
+    that was trained in the precision of `path`.
 
     Raises:
         ConfigError: if a file is no adapter, is of another base, or contradicts what is there
     """
     state = _read_checkpoint(path)
-    model, settings = dict(state["model"]), _settings(state)
+    model, settings = dict(state["model"]), model_settings(state)
     _use_our_architecture(path, settings)
+    bases = _fingerprints(model)
     for file_name in adapters:
         file = _read_adapter(file_name)
-        base = _fingerprint_seen_by(file["tensors"], model)
-        if file["base"] != base:
+        if file["base"] not in bases:
             raise ConfigError(
-                f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {base}; "
+                f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {bases[0]}; "
                 "name the checkpoint that it was trained on"
             )
         _take_settings(file_name, file, model, settings)
@@ -147,13 +148,13 @@ def fingerprint(model: Dict[str, Tensor]) -> str:
     return model_fingerprint({name: tensor for name, tensor in model.items() if adapter_of(name) is None})
 
 
-def _fingerprint_seen_by(tensors: Dict[str, Tensor], model: Dict[str, Tensor]) -> str:
-    """Of the base in the dtype of an adapter's `tensors`.
-
-    A run with --fp16 or --bf16 rounds the base that it is given, and saves it so, beside adapters of that dtype.
-    """
-    dtype = next(iter(tensors.values())).dtype
-    return fingerprint({name: t.to(dtype) if t.is_floating_point() else t for name, t in model.items()})
+def _fingerprints(model: Dict[str, Tensor]) -> List[str]:
+    """Of a base as it is, and as a run with --fp16 or --bf16 saves it: rounded, in float32."""
+    rounded = [
+        {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in model.items()}
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
+    return [fingerprint(weights) for weights in (model, *rounded)]
 
 
 def _base_weights(model: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -180,10 +181,10 @@ def _take_settings(file_name: str, file: Dict[str, Any], model: Dict[str, Tensor
     for key, text in file["settings"].items():
         side = next((side for side in SIDES if key.startswith(side)), None)
         others = [other for s in ([side] if side else SIDES) for other in _ids(model, s)]
-        if others and str(_get(settings, key)) != text:
+        if others and str(get(settings, key)) != text:
             raise ConfigError(
                 f"{file_name}: adapter {file['id']} has {key} {text}, and {', '.join(others)} "
-                f"{_get(settings, key)}; all adapters of a checkpoint must have the same"
+                f"{get(settings, key)}; all adapters of a checkpoint must have the same"
             )
         _set(settings, key, _parsed(key, text))
 
@@ -201,7 +202,7 @@ def _use_our_architecture(path: str, settings: Any) -> None:
 
     from kd_ext.models.transformer_ext import TransformerExtModel
 
-    name = _get(settings, "arch") or _get(settings, "_name")
+    name = get(settings, "arch") or get(settings, "_name")
     model_class = ARCH_MODEL_REGISTRY.get(name)
     if model_class is TransformerModel:
         _set(settings, "arch", "transformer_ext")
@@ -217,7 +218,7 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
             state = load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a checkpoint that fairseq-train wrote") from None
-    if not isinstance(state, dict) or "model" not in state or not _settings(state):
+    if not isinstance(state, dict) or "model" not in state or not model_settings(state):
         raise ConfigError(f"{path}: not a checkpoint of fairseq: it has no settings or no model")
     return state
 
@@ -231,16 +232,6 @@ def _read_adapter(path: str) -> Dict[str, Any]:
     if not isinstance(file, dict) or file.get("format") != FORMAT:
         raise ConfigError(f"{path}: not a file of adapters; name one that export wrote")
     return file
-
-
-def _settings(state: Dict[str, Any]) -> Any:
-    """The model's settings: a Namespace, or a dictionary if Hydra started the run."""
-    cfg = state.get("cfg")
-    return cfg["model"] if cfg else state.get("args")
-
-
-def _get(settings: Any, key: str) -> Any:
-    return settings.get(key) if isinstance(settings, dict) else getattr(settings, key, None)
 
 
 def _set(settings: Any, key: str, value: Any) -> None:
