@@ -25,8 +25,10 @@ def explained(path: str, expected: str) -> Iterator[None]:
         if changed is not None:
             raise ValueError(f"{changed} is not as it was written")
         yield
-    except (ConfigError, FileNotFoundError):
+    except (ConfigError, FileNotFoundError, MemoryError):
         raise
+    except PermissionError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the bytes of a file can make torch raise anything
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign:

@@ -6,7 +6,7 @@ for, or, told not to, refuse even the settings in fairseq's checkpoints; there a
 
 import _compat_pickle
 import pickle
-from typing import Any, Dict
+from typing import Any, ClassVar, Dict
 
 import torch
 from torch import serialization
@@ -48,7 +48,9 @@ def load(file: Any, map_location: Any = "cpu") -> Any:
             return serialization._load(archive, map_location, _Pickle, encoding="utf-8")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's own, in which an instruction can be given another meaning."""
+
     def find_class(self, module: str, name: str) -> Any:
         # torch writes names as Python 2 had them, such as __builtin__.dict
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
@@ -57,6 +59,17 @@ class _Unpickler(pickle.Unpickler):
             return _allowed[f"{module}.{name}"]
         except KeyError:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed") from None
+
+    def _build(self) -> None:
+        """Give an object its state: not a class or a function, which would be another for the whole process."""
+        if callable(self.stack[-2]):
+            raise pickle.UnpicklingError(f"{self.stack[-2]!r} would be changed")
+        pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[Dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.BUILD[0]: _build,
+    }
 
 
 class _Pickle:

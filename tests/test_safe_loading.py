@@ -1,6 +1,9 @@
 """Files that refer to more than is listed are refused before anything of them has run, with every torch."""
 
+import io
 import pickle
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -10,6 +13,7 @@ from fairseq import checkpoint_utils
 
 from kd_ext import safe_loading, upstream
 from kd_ext.errors import ConfigError
+from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
 
 class Calls:
@@ -44,6 +48,27 @@ def test_calls_are_refused_by_name(tmp_path, function, zipped):
     with pytest.raises(pickle.UnpicklingError, match=function.__name__):
         safe_loading.load(path)
     assert not (tmp_path / "witness").exists()
+
+
+def test_the_way_around_it_that_is_advised_elsewhere(tmp_path, monkeypatch):
+    """torch >= 2.6 by itself runs what is in a file where this is set."""
+    path = write(tmp_path / "file", Calls(eval, f"open({str(tmp_path / 'witness')!r}, 'w')"), True)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(ConfigError, match="refused, it refers to"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    with pytest.raises(ConfigError, match="refused, it refers to"), mapped_checkpoints():
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    assert not (tmp_path / "witness").exists()
+
+
+def test_no_class_is_changed():
+    """A state for a class, in place of an object, would set the attributes of the class."""
+    changing = b"\x80\x02cargparse\nNamespace\n(N}X\x04\x00\x00\x00markK\x01stb."
+    oracle = "import pickle, sys; " + f"print(hasattr(pickle.loads({changing!r}), 'mark'))"
+    done = subprocess.run([sys.executable, "-c", oracle], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "True\n"
+    with pytest.raises(pickle.UnpicklingError):
+        safe_loading._Pickle.load(io.BytesIO(changing))
 
 
 def test_no_way_from_an_allowed_name_to_its_attributes(tmp_path):

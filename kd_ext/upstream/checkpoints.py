@@ -1,4 +1,4 @@
-"""What fairseq's checkpoints may refer to, and that torch older than 2.6 refuses all else as well."""
+"""What fairseq's checkpoints may refer to, and that all else is refused."""
 
 import _codecs
 import argparse
@@ -29,11 +29,12 @@ class _SafelyLoadingTorch(ModuleType):
 def apply() -> None:
     """Let fairseq's own checkpoints be read, and refuse every other global, with every torch.
 
-    torch >= 2.6 does so by itself once it has the list. With older ones fairseq 0.12.2 calls ``torch.load`` in a way
-    that runs whatever code a file carries: there its module of checkpoints is given another ``load``.
+    fairseq 0.12.2 calls ``torch.load`` in a way that runs whatever code a file carries, up to torch 2.5, and later
+    ones too where TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, as advice on fairseq's errors has it: its module of
+    checkpoints is given another ``load``.
     """
     safe_loading.allow(_checkpoint_globals())
-    if not safe_loading.HAS_SAFE_GLOBALS:
+    if checkpoint_utils.torch is torch:
         checkpoint_utils.torch = _SafelyLoadingTorch("torch")
 
 
