@@ -61,6 +61,15 @@ def test_half_precision_on_a_cpu(distil, tmp_path):
     assert {values.dtype for values in queues.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("flags", [["--alpha", "0"], ["--alpha", "0.5"]])
+def test_a_student_with_an_adaptive_softmax(distil, tmp_path, flags):
+    result = distil(tmp_path, "--adaptive-softmax-cutoff", "10,20", *flags, "--max-update", "12")
+    assert result.returncode == 0, result.output
+    loss = logged(result.output, "nll_loss")
+    assert loss[-1] < loss[0]
+    assert "in its plain formulation, which takes more memory: " in result.output
+
+
 def test_upstreams_options_together(distil, tmp_path):
     flags = ["--update-freq", "3", "--sentence-avg", "--ignore-prefix-size", "1", "--report-accuracy"]
     result = distil(tmp_path, *flags, "--max-update", "6", strategy="global_level")

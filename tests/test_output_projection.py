@@ -105,6 +105,23 @@ def test_adaptive_softmax(task):
         find_projection(model)
 
 
+def test_gradients_of_an_adaptive_softmax(task):
+    """They are those of the probabilities written out: of a cluster, times that of a word in it."""
+    torch.manual_seed(0)
+    model = transformer(task, adaptive_softmax_cutoff="5,10", adaptive_softmax_factor=2).train()
+    softmax, x = model.decoder.adaptive_softmax, torch.randn(2, 3, 8)
+    target, weights = torch.randint(17, (2, 3, 1)), list(model.decoder.adaptive_softmax.parameters())
+    found = softmax.get_log_prob(x, None)
+    head = F.log_softmax(F.linear(x, softmax.head.weight), -1)
+    tails = [head[..., 5 + i : 6 + i] + F.log_softmax(tail(x), -1) for i, tail in enumerate(softmax.tail)]
+    expected = torch.cat([head[..., :5], *tails], -1)
+    torch.testing.assert_close(found, expected)
+    pairs = zip(*(torch.autograd.grad(y.gather(-1, target).sum(), weights) for y in (found, expected)))
+    for gradient, reference in pairs:
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, reference)
+
+
 @pytest.mark.parametrize(
     ("owner", "function"),
     [

@@ -8,6 +8,7 @@ from importlib import import_module
 
 TOUCHES = (
     "adapter_activation",
+    "adaptive_softmax",
     "atomic_saving",
     "checkpoints",
     "damaged_checkpoints",
