@@ -1,9 +1,14 @@
 """A run that was stopped ends as one that was not: the same weights, bit for bit, and the same queues."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from commands import Forked
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
+from fairseq.trainer import Trainer
+
+from kd_ext.upstream import patience
 
 
 def is_trained(name):
@@ -78,6 +83,35 @@ def test_patience_starts_anew_with_the_optimizer(distil, tmp_path):
     assert distil(tmp_path, *PATIENT, "--max-update", 8).returncode == 0
     assert distil(tmp_path, *PATIENT, "--max-update", 20, "--reset-optimizer").returncode == 0
     assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 12
+
+
+def test_patience_is_of_a_run(distil, tmp_path):
+    """Another one that begins from its checkpoint counts from the start."""
+    assert distil(tmp_path / "first", *PATIENT, "--max-update", 20).returncode == 0
+    start = ["--restore-file", tmp_path / "first" / "checkpoint_last.pt", "--reset-dataloader"]
+    assert distil(tmp_path / "second", *PATIENT, *start, "--max-update", 30).returncode == 0
+    assert load(tmp_path / "second" / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 24
+
+
+def test_what_another_run_of_the_process_has_counted(monkeypatch):
+    counting = SimpleNamespace(best=1.0, num_runs=7)
+    monkeypatch.setattr(patience, "counter", lambda: counting)
+    nothing = SimpleNamespace(
+        **{"task": None, "data_parallel_world_size": 1, "data_parallel_rank": 0},
+        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save_dir="nowhere")),
+        get_model=lambda: None,
+    )
+    assert Trainer.load_checkpoint(nothing, "nowhere/checkpoint_last.pt") is None
+    assert vars(counting) == {}
+
+
+def test_given_again_after_its_time(distil, tmp_path):
+    flags = ["--stop-time-hours", "1e-9"]
+    assert distil(tmp_path, *flags).returncode == 0
+    again = distil(tmp_path, *flags)
+    assert again.returncode == 0
+    assert "--stop-time-hours 1e-09: the checkpoint was trained for longer: nothing is left" in again.output
+    assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 1
 
 
 def test_given_again_after_its_end(distil, tmp_path):

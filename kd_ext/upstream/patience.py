@@ -1,6 +1,7 @@
 """``--patience`` counts on when a run is resumed."""
 
 import functools
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ def apply() -> None:
     """Keep what ``--patience`` has counted in checkpoints (fairseq 0.12.2).
 
     fairseq counts in attributes of a function, and forgets: a run that is resumed trains longer than one that was not
-    stopped. The counts are restored, and dropped, with the best score, which fairseq does keep.
+    stopped. The counts are restored, and dropped, with the best score, which fairseq does keep; those of another run,
+    whose checkpoint was named or that went before in this process, are no concern of this one.
     """
     saving, loading = Trainer.save_checkpoint, Trainer.load_checkpoint
     if getattr(saving, "_kd_ext", False):
@@ -36,8 +38,12 @@ def apply() -> None:
         optimizer_overrides=None,
         reset_meters=False,
     ):
+        for name in COUNTS:
+            vars(counter()).pop(name, None)
         extra_state = loading(self, filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters)
-        if extra_state is not None and not reset_optimizer and not reset_meters:
+        folders = os.path.dirname(filename), self.cfg.checkpoint.save_dir
+        is_own = len(set(map(os.path.realpath, folders))) == 1
+        if extra_state is not None and is_own and not reset_optimizer and not reset_meters:
             for name, value in extra_state.get(KEY, {}).items():
                 setattr(counter(), name, value)
         return extra_state

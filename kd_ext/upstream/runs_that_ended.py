@@ -19,7 +19,7 @@ class _NoMoreEpochs:
 
 
 def apply() -> None:
-    """Look at ``--max-update`` and ``--patience`` before the first update, too (fairseq 0.12.2).
+    """Look at ``--max-update``, ``--patience`` and ``--stop-time-hours`` before the first update, too (fairseq 0.12.2).
 
     fairseq looks only after an update: the command of a run that has ended, or was killed between its last checkpoint
     and its exit, trains on each time it is given, and saves that over the result.
@@ -33,7 +33,7 @@ def apply() -> None:
         extra_state, epoch_itr = original(cfg, trainer, **kwargs)
         reason = _why_ended(trainer)
         if reason is not None:
-            logger.warning("%s: nothing is left to train; raise it, or begin anew by --reset-optimizer", reason)
+            logger.warning("%s: nothing is left to train; raise it, or begin anew in another --save-dir", reason)
             epoch_itr = _NoMoreEpochs()
         return extra_state, epoch_itr
 
@@ -42,9 +42,11 @@ def apply() -> None:
 
 
 def _why_ended(trainer: Any) -> Optional[str]:
-    done, most = trainer.get_num_updates(), trainer.cfg.optimization.max_update
-    if 0 < most <= done:
-        return f"--max-update {most}: the checkpoint has had {done} updates"
+    optimization, done = trainer.cfg.optimization, trainer.get_num_updates()
+    if 0 < optimization.max_update <= done:
+        return f"--max-update {optimization.max_update}: the checkpoint has had {done} updates"
+    if 0 < optimization.stop_time_hours < trainer._previous_training_time / 3600:
+        return f"--stop-time-hours {optimization.stop_time_hours}: the checkpoint was trained for longer"
     patience, waited = trainer.cfg.checkpoint.patience, getattr(counter(), "num_runs", 0)
     if 0 < patience <= waited:
         return f"--patience {patience}: the checkpoint has had {waited} validations without a better score"
