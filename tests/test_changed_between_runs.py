@@ -94,9 +94,27 @@ def test_other_dictionaries(attempt, tmp_path, side, name, flag):
         assert (tmp_path / "student" / "checkpoint_last.pt").read_bytes() == before
 
 
-def test_a_teacher_beside_other_dictionaries(attempt, student, tmp_path):
-    """One that this task has trained knows which are its own; without that, both sides would be wrong alike."""
-    shutil.copy(student, tmp_path / "teacher" / "model.pt")
+def test_other_dictionaries_of_upstreams_own_task(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    command = [tmp_path / "data", *TRAINING, "--arch", "transformer", *SIZES, "--save-dir", tmp_path / "student"]
+    command += ["--criterion", "label_smoothed_cross_entropy"]
+    assert run(tmp_path / "log", "fairseq-train", *command, "--max-update", 2).returncode == 0
+    assert run(tmp_path / "log", "fairseq-train", *command, "--max-update", 3).returncode == 0
+    change(tmp_path, "tgt", swap)
+    result = run(tmp_path / "log", "fairseq-train", *command, "--max-update", 4)
+    assert result.returncode != 0
+    expected = f"kd_ext: error: {tmp_path}/data: its target dictionary is not the one that the checkpoint was trained"
+    assert result.last_line.startswith(expected)
+    weights = ["--finetune-from-model", tmp_path / "student" / "checkpoint_last.pt", "--save-dir", tmp_path / "other"]
+    result = run(tmp_path / "log", "fairseq-train", *command, *weights, "--max-update", 1)
+    assert result.returncode == 0
+    assert "the target dictionary is not that of the checkpoint" in result.output
+
+
+@pytest.mark.parametrize("trained", ["student", "teacher"])
+def test_a_teacher_beside_other_dictionaries(request, attempt, trained, tmp_path):
+    """One that was trained with the plugin knows which are its own; without that, both sides would be wrong alike."""
+    shutil.copy(request.getfixturevalue(trained), tmp_path / "teacher" / "model.pt")
     overrides = ["--teacher-model-overrides", f"{{'data': '{tmp_path}/data'}}"]
     assert attempt("--max-update", 1, *overrides).returncode == 0
     change(tmp_path, "tgt", swap)

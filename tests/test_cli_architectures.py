@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from commands import PLUGIN, run
-from conftest import load
+from conftest import load, needs_half
 from fairseq import options
 
 from kd_ext import adapters as tool
@@ -92,6 +92,18 @@ def test_translating_apart_merged_and_without(adapted, merged, teacher, generate
     assert generate(merged) == base
 
 
+@needs_half
+def test_adapters_of_a_run_in_half_precision(train, teacher, generate, tmp_path):
+    flags = [*CRITERION, *adapter_flags("hi"), *FLAGS, "--finetune-from-model", teacher, "--max-update", "5"]
+    half = [*flags, "--memory-efficient-fp16", "--fp16-init-scale", "4"]
+    result = train(tmp_path, *half, arch="transformer_adapter")
+    assert result.returncode == 0, result.output
+    tool.main(["export", str(tmp_path / "checkpoint_last.pt"), "hi", str(tmp_path / "hi")])
+    tool.main(["merge", str(teacher), str(tmp_path / "hi"), "--output", str(tmp_path / "merged.pt")])
+    assert generate(tmp_path / "merged.pt") == generate(teacher)
+    assert generate(tmp_path / "merged.pt", *activate("hi")) != generate(teacher)
+
+
 def test_interactive_and_validate_know_the_flags(merged, data, tmp_path):
     sentence = tmp_path / "sentence"
     sentence.write_text("__src__hi __tgt__en w1 w2 w3\n")
@@ -138,6 +150,23 @@ def test_wrong_use_is_one_line(train, teacher, adapted, data, tmp_path):
     flags = [*CRITERION, *(x for flag in narrow for x in (flag, "8")), "--load-checkpoint-liberally"]
     misfit = line(train(tmp_path, *flags, "--finetune-from-model", teacher, arch="transformer_ext"))
     assert misfit.startswith("kd_ext: error: --load-checkpoint-liberally: no parameter of the checkpoint fits")
+
+
+def test_another_adapter_in_the_same_folder(train, teacher, tmp_path):
+    """It would go on from the optimizer's state of the first."""
+    start = [*CRITERION, *FLAGS, "--finetune-from-model", teacher]
+    assert train(tmp_path, *start, *adapter_flags("hi"), "--max-update", "2", arch="transformer_adapter")[0] == 0
+    last = tmp_path / "checkpoint_last.pt"
+    before = last.read_bytes()
+    result = train(tmp_path, *start, *adapter_flags("ta"), "--max-update", "4", arch="transformer_adapter")
+    assert result.returncode != 0
+    expected = f"kd_ext: error: --encoder-train-adapter ta: {last} is of a run that trained hi; give another --save-dir"
+    assert result.last_line.startswith(expected)
+    assert last.read_bytes() == before
+    anew = [*CRITERION, *FLAGS, *RESET, "--max-update", "3"]
+    assert train(tmp_path, *anew, *adapter_flags("ta"), arch="transformer_adapter").returncode == 0
+    assert load(last)["optimizer_history"][-1]["num_updates"] == 3
+    assert train(tmp_path, *anew[:5], *adapter_flags("ta"), "--max-update", "4", arch="transformer_adapter")[0] == 0
 
 
 def test_distillation_from_and_into_everything_at_once(train, distil, generate, tmp_path):

@@ -42,6 +42,29 @@ def test_pruned_layers_are_matched_by_their_new_names(caplog):
     assert "liberally: missing: none" in caplog.text
 
 
+@pytest.mark.parametrize("ties", [{}, {"share_decoder_input_output_embed": True}, {"share_all_embeddings": True}])
+def test_a_base_with_whole_embeddings_for_factorized_ones(ties):
+    base = build("transformer", **ties)
+    model = build(seed=2, load_checkpoint_liberally=True, **both(factorized_embed_dim=4), **ties)
+    model.load_state_dict(base.state_dict())
+    assert torch.equal(model.decoder.layers[1].fc1.weight, base.decoder.layers[1].fc1.weight)
+    assert model.encoder.embed_tokens.weight.shape == (30, 4)
+
+
+def test_frozen_weights_that_are_left_random_are_named(caplog):
+    caplog.set_level("WARNING")
+    base = build("transformer").state_dict()
+    build(load_checkpoint_liberally=True, **adapters(train="hi")).load_state_dict(dict(base))
+    assert not caplog.records
+    build(load_checkpoint_liberally=True, decoder_ffn_embed_dim=20).load_state_dict(dict(base))
+    assert not caplog.records  # they are trained
+    narrow = build(load_checkpoint_liberally=True, decoder_ffn_embed_dim=20, **adapters(train="hi"))
+    narrow.load_state_dict(base)
+    (warning,) = caplog.records
+    expected = "random values: decoder.layers.0.fc1.* (2), decoder.layers.0.fc2.weight, decoder.layers.1.fc1.* (2), "
+    assert expected in warning.getMessage()
+
+
 def test_nothing_that_fits_is_an_error():
     other = build("transformer", **both(embed_dim=32, ffn_embed_dim=64)).state_dict()
     with pytest.raises(ConfigError, match="no parameter of the checkpoint fits"):

@@ -56,5 +56,5 @@ class TransformerExtDecoder(TransformerDecoderBase):
         was_there = key in state_dict
         state_dict = super().upgrade_state_dict_named(state_dict, name)
         if isinstance(self.output_projection, TiedFactorizedProjection) and not was_there:
-            del state_dict[key]  # upstream has copied the embedding there
+            state_dict.pop(key, None)  # upstream has copied the embedding there, if there was one
         return state_dict

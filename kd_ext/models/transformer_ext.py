@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.dataclass.utils import gen_parser_from_dataclass
@@ -13,11 +13,19 @@ from omegaconf import OmegaConf, open_dict
 from kd_ext.errors import ConfigError
 from kd_ext.models.decoder import TransformerExtDecoder
 from kd_ext.models.encoder import TransformerExtEncoder
-from kd_ext.models.extension_flags import SIDES, ExtensionFlags, Extensions, read_extensions, set_defaults
+from kd_ext.models.extension_flags import (
+    NO_ADAPTER,
+    SIDES,
+    ExtensionFlags,
+    Extensions,
+    read_extensions,
+    set_defaults,
+)
 from kd_ext.models.layers import is_dead
 from kd_ext.modules.adapter import AdapterSet, adapter_of
 from kd_ext.modules.factorized_embedding import FactorizedEmbedding
-from kd_ext.modules.liberal_loading import match
+from kd_ext.modules.liberal_loading import match, summary
+from kd_ext.saved_settings import get
 
 logger = logging.getLogger(__name__)
 
@@ -83,16 +91,19 @@ class TransformerExtModel(TransformerModel):
     def __init__(self, cfg, encoder, decoder):
         super().__init__(cfg, encoder, decoder)
         self._load_liberally: bool = cfg.extensions.load_liberally
+        found = {side: getattr(cfg.extensions, side).adapters for side in SIDES}
+        self._trained_ids: Dict[str, Optional[str]] = {side: x.trained if x else None for side, x in found.items()}
         del cfg.factorized_dims  # used up, and an iterator cannot be copied with the model
 
     def activate_adapter(self, encoder: Optional[str] = None, decoder: Optional[str] = None) -> None:
-        """Use another adapter from now on, on each side; None: no adapter there.
+        """Use another adapter from now on, on each side; None or "none": no adapter there.
 
         Raises:
             ConfigError: for an id that a side does not have; nothing has changed then
         """
         chosen = []
-        for side, adapter_id in zip(SIDES, (encoder, decoder)):
+        for side, asked in zip(SIDES, (encoder, decoder)):
+            adapter_id = None if asked == NO_ADAPTER else asked
             sets = [module for module in getattr(self, side).modules() if isinstance(module, AdapterSet)]
             known = sets[0].ids if sets else []
             if adapter_id is not None and adapter_id not in known:
@@ -102,6 +113,24 @@ class TransformerExtModel(TransformerModel):
             chosen += [(adapters, adapter_id) for adapters in sets]
         for adapters, adapter_id in chosen:
             adapters.active = adapter_id
+
+    def check_resumed(self, path: str, settings: Any) -> None:
+        """See that a checkpoint's run trained the adapters that this one trains: its optimizer's state is of those.
+
+        Args:
+            path: of the checkpoint that training is to go on from
+            settings: its model's
+
+        Raises:
+            ConfigError: it trained others
+        """
+        for side, trained in self._trained_ids.items():
+            before = get(settings, f"{side}_train_adapter")
+            if before != trained:
+                raise ConfigError(
+                    f"--{side}-train-adapter {trained or 'is missing'}: {path} is of a run that trained "
+                    f"{before or 'none'}; give another --save-dir, or begin anew from its weights by --reset-optimizer"
+                )
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """As upstream's; under ``--load-checkpoint-liberally`` load what fits by name and shape.
@@ -125,6 +154,14 @@ class TransformerExtModel(TransformerModel):
         for what in ("missing", "unexpected", "misshapen"):
             names = getattr(found, what)
             logger.info("--load-checkpoint-liberally: %s: %s", what, ", ".join(names) or "none")
+        frozen = [n for n, p in self.named_parameters() if not p.requires_grad and adapter_of(n) is None]
+        lost = [name for name in frozen if name not in found.fitting]
+        if lost:
+            logger.warning(
+                "--load-checkpoint-liberally: frozen at their initial, random values: %s; give the flags of the size "
+                "that the base has",
+                ", ".join(summary(lost, parameters)),
+            )
         return super().load_state_dict(found.fitting, False, model_cfg, args)
 
 

@@ -112,9 +112,9 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[t
     _check_registered(path, "architecture", cfg.model._name, {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY})
     _point_at_dictionaries(path, settings, cfg.task, student_task)
     task = tasks.setup_task(cfg.task)
-    _check_recorded(path, cfg.task.data, task, state)
     _compare_dictionaries(path, "source", task.source_dictionary, student_task.source_dictionary)
     _compare_dictionaries(path, "target", task.target_dictionary, student_task.target_dictionary)
+    _check_recorded(path, cfg.task.data, task, state)
     fingerprint = model_fingerprint(state["model"])
     model = _build_model(path, task, cfg.model, state)
     _check_lengths(path, model, student_task)
@@ -181,8 +181,9 @@ def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, stude
 
 
 def _check_recorded(path: str, folder: str, task: Any, state: Dict[str, Any]) -> None:
-    """See that the dictionaries in `folder` are the teacher's; only ``translation_with_kd`` records which those are."""
-    recorded = (state.get("task_state") or {}).get("trained_with", {})
+    """See that the dictionaries in `folder` are the teacher's, where its run had the plugin, which records them."""
+    places = (state.get(name) or {} for name in ("task_state", "extra_state"))
+    recorded: Dict[str, str] = next((place["trained_with"] for place in places if place.get("trained_with")), {})
     for side, found in trained_with.of_dictionaries(task.source_dictionary, task.target_dictionary).items():
         if recorded.get(side, found) != found:
             raise ConfigError(
