@@ -156,6 +156,9 @@ def test_activation_at_inference():
     torch.testing.assert_close(outputs["none"], logits(base, src, prev))
     for one, other in (("hi", "ta"), ("hi", "none"), ("ta", "none")):
         assert (outputs[one] - outputs[other]).abs().max() > 1e-3
+    trained.requires_grad_(True)
+    trained.activate_adapter("none", "none")
+    assert torch.equal(logits(trained, src, prev), outputs["none"])
 
 
 def test_ids_may_be_names_of_module_methods():
@@ -182,6 +185,9 @@ WRONG = {
         "reduction-factor 17: must be from 1 to --encoder-embed-dim 16",
     ),
     "zero": ({"decoder_adapter_reduction_factor": 0}, "--decoder-adapter-reduction-factor 0: must be from 1 to"),
+    "quote": ({"encoder_adapter_ids": "${oc}"}, "'.{oc}' cannot be an id"),
+    "number": ({"encoder_adapter_ids": 1}, "--encoder-adapter-ids 1: a int, no name; quote it"),
+    "norwegian": ({"encoder_train_adapter": False}, "--encoder-train-adapter False: a bool, no name; quote it"),
     "activation": (
         {"adapter_activation_fn": "swish"},
         "--adapter-activation-fn swish: unknown; one of relu, gelu, silu",
@@ -200,9 +206,16 @@ def test_wrong_flags_are_told_before_training(case):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"encoder_train_adapter": "hi"}, {"encoder_adapter_use_gating": True}, {"activate_encoder_adapter": "hi"}]
+    "flags",
+    [
+        {"encoder_train_adapter": "hi"},
+        {"encoder_adapter_use_gating": True},
+        {"activate_encoder_adapter": "hi"},
+        {"encoder_adapter_reduction_factor": 4},
+        {"adapter_activation_fn": "gelu"},
+    ],
 )
 def test_flags_of_adapters_without_adapters(flags):
-    with pytest.raises(ConfigError, match="has no adapters"):
+    with pytest.raises(ConfigError, match=r"has no adapters|there are no adapters"):
         build(**flags)
     build(activate_encoder_adapter="none")

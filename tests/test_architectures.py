@@ -148,6 +148,8 @@ def test_layerdrop_pruning_still_works():
     assert build_from(args).encoder.num_layers == 2  # loading has cleared the flag; the depth is saved
     with pytest.raises(ConfigError, match=r"--encoder-layers-to-keep 0,1: .*--encoder-recurrent-stacking 3"):
         build(encoder_layers_to_keep="0,1", encoder_recurrent_stacking=3)
+    with pytest.raises(ConfigError, match=r"--encoder-layers-to-keep 0,1: .*--decoder-recurrent-stacking 3"):
+        build(encoder_layers_to_keep="0,1", decoder_recurrent_stacking=3)
 
 
 def test_negative_depths_are_told():

@@ -37,6 +37,7 @@ WITH_TEACHER = {
     "queue missing": (GLOBAL, ["--kd-queue-size is missing", "global_level"]),
     "queue 0": (f"{GLOBAL} --kd-queue-size 0", ["--kd-queue-size 0", "over 0"]),
     "temperature 0": ("--kd-temperature 0", ["--kd-temperature 0.0", "over 0"]),
+    "prefix under 0": ("--ignore-prefix-size=-1", ["--ignore-prefix-size -1", "0 for none"]),
     "no such tag": (
         "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 9 --kd-language-tag <2",
         ["--kd-language-tag <2", "__src__hi"],

@@ -8,6 +8,7 @@ import torch
 from fairseq.sequence_generator import SequenceGenerator
 from tiny_models import adapters, batch, both, build, dictionary, logits, parameters, randomize
 
+from kd_ext.errors import ConfigError
 from kd_ext.modules.recurrent_stack import RepeatedDecoderLayer
 
 ENCODER_LAYER = 4 * (16 * 16 + 16) + (16 * 24 + 24) + (24 * 16 + 16) + 2 * 2 * 16
@@ -189,6 +190,13 @@ def test_a_copy_shares_within_itself_alone():
 def test_a_cast_reaches_every_depth():
     model, (src, prev) = stacked(2).eval().to(torch.bfloat16), batch()
     assert logits(model, src, prev).dtype == torch.bfloat16
+
+
+def test_quantization_noise_is_refused():
+    """Upstream's is put on the weights themselves, whenever they are used."""
+    with pytest.raises(ConfigError, match=r"--quant-noise-pq 0\.1: not with --decoder-recurrent-stacking 3"):
+        build(decoder_recurrent_stacking=3, quant_noise_pq=0.1)
+    build(quant_noise_pq=0.1)
 
 
 def test_another_number_of_layers_is_mentioned(caplog):

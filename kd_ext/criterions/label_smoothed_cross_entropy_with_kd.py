@@ -111,6 +111,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if not isinstance(task, TranslationWithKDTask):
             name = getattr(task.cfg, "_name", None) or type(task).__name__
             raise ConfigError(f"--criterion {CRITERION} works with --task translation_with_kd, not with --task {name}")
+        if ignore_prefix_size < 0:
+            raise ConfigError(f"--ignore-prefix-size {ignore_prefix_size}: negative; a number of tokens, or 0 for none")
         strategy = task.cfg.kd_strategy
         _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_temperature)
         self.temperature = kd_temperature
@@ -151,8 +153,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if self.distilled_weight > 0:
             if self.teacher is None:
                 raise RuntimeError("a model that was loaded to be used cannot be trained: its teacher was not loaded")
-            parameter = next(model.parameters())
-            self.teacher.place(parameter.device, parameter.dtype)
+            self.teacher.place(sample["target"].device, next(model.parameters()).dtype)
         batch = self._batch(sample)
         terms = self._plain_terms(model, batch) if self._projection is None else self._lean_terms(model, batch)
 

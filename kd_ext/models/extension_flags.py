@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from fairseq.dataclass import FairseqDataclass
 from torch import nn
@@ -112,6 +112,12 @@ def read_extensions(args: Namespace) -> Extensions:
             f"--adapter-activation-fn {args.adapter_activation_fn}: unknown; one of {', '.join(ACTIVATIONS)}"
         )
     encoder, decoder = (_read_side(args, side) for side in SIDES)
+    _check_layers(args, {"encoder": encoder.depths, "decoder": decoder.depths})
+    if args.adapter_activation_fn != "relu" and not (encoder.adapters or decoder.adapters):
+        raise ConfigError(
+            f"--adapter-activation-fn {args.adapter_activation_fn}: there are no adapters; add --encoder-add-adapters "
+            "or --decoder-add-adapters"
+        )
     _check_embeddings(args, encoder.factorized_dim, decoder.factorized_dim)
     if args.offload_activations and any(side.depths or side.adapters for side in (encoder, decoder)):
         raise ConfigError(
@@ -127,11 +133,6 @@ def _read_side(args: Namespace, side: str) -> SideSettings:
     depths, factorized_dim, width = value("recurrent_stacking"), value("factorized_embed_dim"), value("embed_dim")
     if depths < 0:
         raise ConfigError(f"--{side}-recurrent-stacking {depths}: negative; a number of depths, or 0 for off")
-    if depths and value("layers_to_keep"):
-        raise ConfigError(
-            f"--{side}-layers-to-keep {value('layers_to_keep')}: all depths of --{side}-recurrent-stacking {depths} "
-            "are one layer; give the number of depths to keep by that flag"
-        )
     if factorized_dim and not 0 < factorized_dim < width:
         raise ConfigError(
             f"--{side}-factorized-embed-dim {factorized_dim}: must be over 0 and less than --{side}-embed-dim "
@@ -145,17 +146,39 @@ def _read_side(args: Namespace, side: str) -> SideSettings:
     return SideSettings(depths, factorized_dim, _read_adapters(args, side, width))
 
 
+def _check_layers(args: Namespace, depths: Dict[str, int]) -> None:
+    """What of upstream does not go with depths that are one layer."""
+    for side in filter(depths.get, SIDES):
+        stacking = f"--{side}-recurrent-stacking {depths[side]}"
+        for pruned in SIDES:  # naming one side's layers drops the other's, unless they are named as well
+            kept = getattr(args, f"{pruned}_layers_to_keep")
+            if kept:
+                raise ConfigError(
+                    f"--{pruned}-layers-to-keep {kept}: not with {stacking}, all depths of which are one layer; "
+                    "give the number of depths to keep by that flag"
+                )
+        if args.quant_noise_pq:
+            raise ConfigError(
+                f"--quant-noise-pq {args.quant_noise_pq}: not with {stacking}: noise would be put on noise, once for "
+                "each depth; leave one of the two out"
+            )
+
+
 def _read_adapters(args: Namespace, side: str, width: int) -> Optional[AdapterSettings]:
     def value(name):
         return getattr(args, f"{side}_{name}")
 
     ids, factor, trained = value("adapter_ids"), value("adapter_reduction_factor"), value("train_adapter")
     asked = getattr(args, activation_key(side))
+    for flag, given in ((f"--{side}-adapter-ids", ids), (f"--{side}-train-adapter", trained)):
+        if given is not None and not isinstance(given, str):
+            raise ConfigError(f"{flag} {given}: a {type(given).__name__}, no name; quote it: '{given}' as text")
     if not value("add_adapters"):
         for flag, given in (
             (f"--{side}-adapter-ids", ids),
             (f"--{side}-train-adapter", trained),
             (f"--{side}-adapter-use-gating", value("adapter_use_gating") or None),
+            (f"--{side}-adapter-reduction-factor", factor if factor != 2 else None),
         ):
             if given is not None:
                 raise ConfigError(f"{_shown(flag, given)}: the {side} has no adapters; add --{side}-add-adapters")
@@ -171,7 +194,7 @@ def _read_adapters(args: Namespace, side: str, width: int) -> Optional[AdapterSe
     for name in known:
         if known.count(name) > 1:
             raise ConfigError(f"--{side}-adapter-ids {ids}: '{name}' is there twice; name each id once")
-        if not name or name in RESERVED_IDS or set(". \t:") & set(name):
+        if not name or name in RESERVED_IDS or set(". \t:${}") & set(name):
             raise ConfigError(
                 f"--{side}-adapter-ids {ids}: '{name}' cannot be an id; names joined by commas, without dots, colons "
                 f"or spaces, as in de,hi,ta ('{NO_ADAPTER}', 'active' and 'training' are taken)"
