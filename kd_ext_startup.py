@@ -16,9 +16,11 @@ class _Watcher:
     def find_spec(cls, name, path=None, target=None):
         # in sys.modules: another finder came first for the package itself (pytest has such a one)
         if name in ("fairseq", "hydra") or "fairseq" in sys.modules or "hydra" in sys.modules:
-            sys.meta_path.remove(cls)
             try:
-                _apply()
+                # a new list: in one that is gone through at this moment the next finder would be passed over
+                if cls in sys.meta_path:
+                    sys.meta_path = [finder for finder in sys.meta_path if finder is not cls]
+                    _apply()
             except Exception as error:  # never break another program: fairseq's own error comes next
                 print(f"kd_ext: the start-up remedies for fairseq failed: {error!r}", file=sys.stderr)
         return None

@@ -18,6 +18,7 @@ INSTALL = "pip install 'pip<24.1' && pip install fairseq==0.12.2"
 # What fairseq-train does, up to its settings, and what can be seen then.
 PROBE = """
 import fairseq.dataclass.utils, fairseq_cli.train, fairseq_cli.hydra_train
+import fairseq.data.data_utils_fast, fairseq.data.token_block_utils_fast
 import dataclasses, json, sys
 from argparse import Namespace
 from importlib.machinery import FileFinder
@@ -64,6 +65,7 @@ REMEDIES = {
 MENDS = {
     "mutable default": "its start-up hook is not at work: unset KD_EXT_STARTUP, and pip install this package",
     "typing.io": "its start-up hook is not at work: unset KD_EXT_STARTUP, and pip install this package",
+    "_fast'": "build fairseq's extensions: in its checkout pip install 'pip<24.1' && pip install --editable .",
     "No module named 'fairseq": INSTALL,
     "No module named 'torch'": "pip install torch",
 }

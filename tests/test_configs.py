@@ -103,6 +103,19 @@ def test_a_student_of_hydra_translates(hydra_train, of_checkpoints, data, tmp_pa
     assert len(hypotheses(result.output)) == 20
 
 
+def test_sanity_validation(hydra_train):
+    _, output = hydra_train("teacher", "+run_sanity_validation_steps=true", name="sanity")
+    assert output.index("| sanity_valid |") < output.index("train_inner")
+
+
+def test_a_misspelt_setting_is_shown(arguments, tmp_path):
+    """It is met before the plugin is loaded; hydra-core 1.0 would not show it on Python >= 3.10."""
+    result = run_as_typed("fairseq-hydra-train", *arguments("teacher", tmp_path, "+criterion.label_smooting=0.2"))
+    assert result.returncode != 0
+    assert "label_smooting" in result.output
+    assert "etype" not in result.output
+
+
 def test_a_wrong_setting_is_an_error_of_one_line(arguments, tmp_path):
     wrong = ["criterion.kd_rate=50", "task.teacher_checkpoint_path=nowhere.pt"]
     result = run_as_typed("fairseq-hydra-train", *arguments("batch_level", tmp_path, *wrong))

@@ -78,6 +78,15 @@ def test_with_a_broken_fairseq(empty_python, tmp_path):
     assert "which does not import (half of it is missing)" in lines[-1]
 
 
+def test_where_fairseqs_extensions_are_not_built(monkeypatch, capsys):
+    error = "ModuleNotFoundError: No module named 'fairseq.data.data_utils_fast'"
+    monkeypatch.setattr(doctor, "PROBE", doctor.PROBE.replace("data_utils_fast", "no_such_fast"))
+    assert doctor.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3] == f"problem: fairseq-train would end with: {error}".replace("data_utils_fast", "no_such_fast")
+    assert lines[-2].startswith("remedy: build fairseq's extensions: ")
+
+
 def test_a_remedy_that_is_not_at_work_is_told(monkeypatch, capsys):
     active = dict.fromkeys(doctor.REMEDIES, True)
     monkeypatch.setattr(doctor, "probe", lambda: (({**active, "E": False}, ["H"]), None))

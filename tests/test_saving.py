@@ -139,6 +139,17 @@ def test_copying_keeps_links_and_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "new.pt").stat().st_mode) == mode
 
 
+def test_a_run_that_saves_nothing_removes_nothing(train, tmp_path):
+    """It may be a trial beside a run that saves at this moment."""
+    part = tmp_path / "checkpoint_last.pt.tmp"
+    part.write_bytes(b"half")
+    flags = ["--criterion", "label_smoothed_cross_entropy", "--max-update", "1"]
+    assert train(tmp_path, *flags, "--no-save").returncode == 0
+    assert part.exists()
+    assert train(tmp_path, *flags).returncode == 0
+    assert not part.exists()
+
+
 def test_what_a_killed_run_left_is_removed(train, tmp_path):
     left = [tmp_path / name for name in ("checkpoint_last.pt.tmp", "checkpoint_3_45.pt.tmp", "crash.pt.tmp")]
     others = [tmp_path / name for name in ("notes.tmp", "data.pt.tmp")]

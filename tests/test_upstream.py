@@ -47,6 +47,20 @@ def test_a_failure_of_the_hook_breaks_no_other_program():
     assert "the start-up remedies for fairseq failed: ZeroDivisionError" in output
 
 
+def test_the_hook_takes_itself_out_without_a_trace():
+    """The finder after it is asked too, and it may be asked again by who goes through an older list of finders."""
+    code = (
+        "import sys, kd_ext_startup as s\ns._apply = lambda: None\nasked = []\n"
+        "class Next:\n    def find_spec(name, path=None, target=None):\n        asked.append(name)\n"
+        "        if name == 'hydra': raise ImportError\n"
+        "sys.meta_path[:] = [s._Watcher, Next, *(f for f in sys.meta_path if f is not s._Watcher)]\n"
+        "try: import hydra\nexcept ImportError: pass\n"
+        "assert 'hydra' in asked and s._Watcher not in sys.meta_path\n"
+        "print(s._Watcher.find_spec('hydra'))"
+    )
+    assert python(code) == (0, "None\n")
+
+
 @NEEDS_START_UP
 def test_other_packages_are_held_to_the_rules():
     """Only defaults whose class is of fairseq or hydra are let through."""
@@ -58,6 +72,20 @@ def test_other_packages_are_held_to_the_rules():
     status, output = python(code)
     assert status != 0
     assert "mutable default" in output
+
+
+def test_a_wrong_flag_that_a_worker_meets_is_one_line():
+    """fairseq-train starts a process for each GPU where it sees several."""
+    code = (
+        "import kd_ext, torch\nfrom kd_ext.errors import ConfigError\n"
+        "def work(rank): raise ConfigError('--flag 1: wrong')\n"
+        "if __name__ == '__main__':\n"
+        "    import torch.multiprocessing as m\n    m.start_processes(work, nprocs=1, start_method='fork')"
+    )
+    status, output = python(code)
+    assert status == 1
+    assert output.splitlines()[-1] == "kd_ext: error: --flag 1: wrong"
+    assert "Traceback" not in output
 
 
 def test_user_dir_under_every_spelling():

@@ -1,6 +1,7 @@
 """What must be in place before ``import fairseq``. Imports neither fairseq nor the rest of this package."""
 
 import dataclasses
+import os
 import sys
 import typing
 from importlib.machinery import FileFinder, PathFinder
@@ -9,6 +10,8 @@ from types import ModuleType
 
 def apply() -> None:
     """Apply every remedy that this Python needs; safe to call twice."""
+    if sys.version_info >= (3, 10):
+        _show_errors_of_hydra()
     if sys.version_info >= (3, 11):
         _allow_config_defaults()
     if sys.version_info >= (3, 12):
@@ -17,6 +20,15 @@ def apply() -> None:
         _restore_typing_io()
     if sys.version_info >= (3, 14):
         _read_optional_types()
+
+
+def _show_errors_of_hydra() -> None:
+    """Python >= 3.10 has no ``print_exception(etype=...)``, by which hydra-core 1.0 reports errors: it shows its own.
+
+    Its switch that leaves errors alone is set for fairseq's commands; other programs are left as they are.
+    """
+    if "fairseq_cli" in sys.modules:
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 
 def _allow_config_defaults() -> None:

@@ -1,10 +1,12 @@
 """A wrong flag ends the command with one line, not with a traceback."""
 
 import os
+import re
 import sys
 from typing import Optional
 
 from omegaconf.errors import MissingMandatoryValue
+from torch.multiprocessing import ProcessRaisedException
 
 from kd_ext.errors import ConfigError
 
@@ -39,6 +41,9 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
     while error is not None:
         if isinstance(error, ConfigError):
             return str(error)
+        if isinstance(error, ProcessRaisedException):  # of a worker that fairseq started: its traceback is the text
+            line = re.search(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.*)", str(error), re.MULTILINE)
+            return line[1] if line else None
         if isinstance(error, MissingMandatoryValue):
             return f"{str(error).splitlines()[0]}; the recipe leaves it open (???): name it on the command line"
         error = error.__cause__ or error.__context__

@@ -23,6 +23,8 @@ def apply() -> None:
     Options that are in no dataclass are lost before training starts. This one is in the group of the optimization
     options, the one group that training alone has. The pass comes right after a checkpoint was or was not
     loaded: the trainer, its task and all validation data are there, and no update has been made.
+
+    Hydra has closed the groups before a plugin is loaded, and takes the option at the root of its configuration.
     """
     if OPTION in OptimizationConfig.__dataclass_fields__:
         return
@@ -32,7 +34,7 @@ def apply() -> None:
     @functools.wraps(original)
     def load_checkpoint(cfg, trainer, **kwargs):
         extra_state, epoch_itr = original(cfg, trainer, **kwargs)
-        if getattr(trainer.cfg.optimization, OPTION, False):
+        if getattr(trainer.cfg.optimization, OPTION, False) or getattr(trainer.cfg, OPTION, False):
             _validate(trainer, epoch_itr)
         return extra_state, epoch_itr
 
