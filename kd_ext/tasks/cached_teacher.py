@@ -105,9 +105,11 @@ class CachedTeacher:
         self._top_k = found["top_k"]
 
         asked_for, _ = dataset.filter_indices_by_size(np.arange(len(dataset)), max_positions)
-        there = CacheFiles(folder, found, lengths, writable=False).there(asked_for)
+        self._opened = CacheFiles(folder, found, lengths, writable=False)
+        there = self._opened.there(asked_for)
         missing = len(there) - np.count_nonzero(there)
-        self._opened = CacheFiles(folder, found, lengths, writable=missing > 0 or self._mends)
+        if missing or self._mends:
+            self._opened = CacheFiles(folder, found, lengths, writable=True)
         logger.info(
             *("%s %s: the %d most probable words of %d sentences, of which %d are there",),
             *(FLAG, folder, self._top_k, len(there), len(there) - missing),
