@@ -30,12 +30,13 @@ def products(x, weight, target, teacher_x, teacher_weight, between=lambda z, q: 
     z, q = weight.new_empty(2, size, weight.size(0))
     with torch.no_grad():
         for i in range(0, TOKENS, size):
-            rows = slice(i, i + size)
-            torch.mm(teacher_x[rows], teacher_weight.t(), out=q)
-            torch.mm(student[rows], weight.t(), out=z)
-            between(z, q)
-            torch.mm(z, weight, out=of_x[rows])
-            of_weight.addmm_(z.t(), student[rows])
+            rows = slice(i, min(i + size, TOKENS))
+            of_teacher, of_student = q[: rows.stop - i], z[: rows.stop - i]
+            torch.mm(teacher_x[rows], teacher_weight.t(), out=of_teacher)
+            torch.mm(student[rows], weight.t(), out=of_student)
+            between(of_student, of_teacher)
+            torch.mm(of_student, weight, out=of_x[rows])
+            of_weight.addmm_(of_student.t(), student[rows])
 
 
 def products_and_softmaxes(*arguments):

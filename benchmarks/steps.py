@@ -58,6 +58,7 @@ def training(folder: Path, name: str, updates: int):
     flags = [folder, "--user-dir", HERE.parent / "kd_ext", *model_flags(name), "--max-update", updates]
     flags += ["--optimizer", "adam", "--lr", "1e-4", "--max-tokens", 2048, "--label-smoothing", 0.1]
     flags += ["--disable-validation", "--num-workers", 0, "--log-interval", 1, "--log-format", "simple"]
+    flags += ["--distributed-world-size", 1]  # several GPUs would be several processes, out of sight of this one
     return flags + ["--save-dir", folder / name, "--no-epoch-checkpoints"]
 
 

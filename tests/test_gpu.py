@@ -22,6 +22,7 @@ ON_GPU = TRAINING[:ON_CPU] + TRAINING[ON_CPU + 1 :]
 
 def run_on_gpu(data, teacher, save_dir, *flags, strategy="global_language_wise"):
     command = [script("fairseq-train"), data, *ON_GPU, "--arch", "transformer", *SIZES, *KD, "--save-dir", save_dir]
+    command += ["--distributed-world-size", "1"]  # the default is one worker for each GPU
     command += ["--teacher-checkpoint-path", teacher, *strategy_flags(strategy), *flags]
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run(list(map(str, command)), stdout=-1, stderr=-2, text=True, env=environment, timeout=300)
