@@ -109,6 +109,11 @@ def test_other_dictionaries_of_upstreams_own_task(data, tmp_path):
     result = run(tmp_path / "log", "fairseq-train", *command, *weights, "--max-update", 1)
     assert result.returncode == 0
     assert "the target dictionary is not that of the checkpoint" in result.output
+    # a distilled student that begins from there
+    distilled = [*command[:-2], *weights[:3], tmp_path / "third", *KD, "--alpha", 0]
+    result = run(tmp_path / "log", "fairseq-train", *distilled, "--max-update", 1)
+    assert result.returncode == 0
+    assert "the target dictionary is not that of the checkpoint" in result.output
 
 
 @pytest.mark.parametrize("trained", ["student", "teacher"])

@@ -182,8 +182,7 @@ def _dictionary_folder(path: str, settings: Dict[str, Any], task_cfg: Any, stude
 
 def _check_recorded(path: str, folder: str, task: Any, state: Dict[str, Any]) -> None:
     """See that the dictionaries in `folder` are the teacher's, where its run had the plugin, which records them."""
-    places = (state.get(name) or {} for name in ("task_state", "extra_state"))
-    recorded: Dict[str, str] = next((place["trained_with"] for place in places if place.get("trained_with")), {})
+    recorded = trained_with.recorded(state)
     for side, found in trained_with.of_dictionaries(task.source_dictionary, task.target_dictionary).items():
         if recorded.get(side, found) != found:
             raise ConfigError(

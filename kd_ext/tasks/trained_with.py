@@ -1,21 +1,43 @@
 """What of a run's surroundings must not change in mid-training: a record of it, which goes into every checkpoint."""
 
 import logging
-from typing import Dict
+from typing import Any, Dict
 
 from fairseq.data import Dictionary
+from fairseq.tasks.translation import TranslationTask
 
 from kd_ext.errors import ConfigError
 from kd_ext.fingerprint import dictionary_fingerprint
 
 logger = logging.getLogger(__name__)
 
+KEY = "trained_with"
 TEACHER, SOURCE, TARGET = "teacher", "source dictionary", "target dictionary"
 _FLAGS = {SOURCE: "--srcdict", TARGET: "--tgtdict"}
 
 
 def of_dictionaries(source: Dictionary, target: Dictionary) -> Dict[str, str]:
     return {SOURCE: dictionary_fingerprint(source.symbols), TARGET: dictionary_fingerprint(target.symbols)}
+
+
+def of_task(task: Any) -> Dict[str, str]:
+    """What is to be recorded of a run of a task: of one that says nothing of it the dictionaries, if it translates."""
+    if isinstance(task, TranslationTask):
+        return getattr(task, KEY, None) or of_dictionaries(task.source_dictionary, task.target_dictionary)
+    return {}
+
+
+def recorded(state: Dict[str, Any]) -> Dict[str, str]:
+    """What a checkpoint has of it; nothing if its run did not have the plugin."""
+    return (state.get("extra_state") or {}).get(KEY, {})
+
+
+def compare(saved: Dict[str, str], now: Dict[str, str], cfg, resumes: bool) -> None:
+    """As :func:`check_same` for a run that goes on from a checkpoint, else as :func:`warn_of_other_words`."""
+    if resumes:
+        check_same(saved, now, cfg)
+    else:
+        warn_of_other_words(saved, now)
 
 
 def check_same(saved: Dict[str, str], now: Dict[str, str], cfg) -> None:

@@ -64,6 +64,9 @@ class TranslationWithKDTask(TranslationTask):
     The task owns the teacher, which is in no checkpoint, and the token selector, whose queues are in every one.
     Nothing of the teacher is needed to validate a student or to translate with it.
 
+    Attributes:
+        trained_with: what must not change in mid-training, as :mod:`kd_ext.tasks.trained_with` has it
+
     Raises:
         ConfigError: from ``setup_task`` or ``build_criterion`` where a flag cannot be used
     """
@@ -77,7 +80,7 @@ class TranslationWithKDTask(TranslationTask):
         self._builds_student = False
         self._cached_teacher: Optional[CachedTeacher] = None
         self._prepare_cache: Optional[Callable[[], None]] = None
-        self._trained_with = trained_with.of_dictionaries(src_dict, tgt_dict)
+        self.trained_with = trained_with.of_dictionaries(src_dict, tgt_dict)
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
@@ -108,7 +111,7 @@ class TranslationWithKDTask(TranslationTask):
         if not self._builds_student:
             return None
         teacher = self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._load_teacher()
-        self._trained_with[trained_with.TEACHER] = teacher.identity
+        self.trained_with[trained_with.TEACHER] = teacher.identity
         return teacher
 
     def open_cache(self, temperature: float, mends: bool = False) -> CachedTeacher:
@@ -159,31 +162,14 @@ class TranslationWithKDTask(TranslationTask):
             self.selector.commit()
 
     def state_dict(self) -> Dict[str, Any]:
-        state = {**super().state_dict(), "trained_with": self._trained_with}
+        state = {**super().state_dict(), trained_with.KEY: self.trained_with}
         if self.selector is not None and self.selector.needs_queue:
             state["kd"] = {"strategy": self.cfg.kd_strategy, "queues": self.selector.state_dict()}
         return state
 
-    def check_state(self, state_dict: Dict[str, Any], resumes: bool) -> None:
-        """See that the teacher and the dictionaries are those of a checkpoint, before anything of it is used.
-
-        Args:
-            state_dict: the task's state in the checkpoint
-            resumes: the run is to go on where the checkpoint ends, and not to begin anew from its weights
-
-        Raises:
-            ConfigError: it is to go on, and something differs
-        """
-        saved = state_dict.get("trained_with", {})
-        if resumes:
-            trained_with.check_same(saved, self._trained_with, self.cfg)
-        else:
-            trained_with.warn_of_other_words(saved, self._trained_with)
-
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        self.check_state(state_dict, resumes=True)
         state = dict(state_dict)
-        state.pop("trained_with", None)
+        trained_with.check_same(state.pop(trained_with.KEY, {}), self.trained_with, self.cfg)
         saved = state.pop("kd", None)
         super().load_state_dict(state)
         if self.selector is None or not self.selector.needs_queue:
