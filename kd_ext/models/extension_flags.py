@@ -1,5 +1,6 @@
 """The flags of ``transformer_ext``, and their values read and checked."""
 
+import logging
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -9,6 +10,8 @@ from torch import nn
 
 from kd_ext.errors import ConfigError
 from kd_ext.modules.adapter import ACTIVATIONS
+
+logger = logging.getLogger(__name__)
 
 SIDES = ("encoder", "decoder")
 NO_ADAPTER = "none"
@@ -114,10 +117,7 @@ def read_extensions(args: Namespace) -> Extensions:
     encoder, decoder = (_read_side(args, side) for side in SIDES)
     _check_layers(args, {"encoder": encoder.depths, "decoder": decoder.depths})
     if args.adapter_activation_fn != "relu" and not (encoder.adapters or decoder.adapters):
-        raise ConfigError(
-            f"--adapter-activation-fn {args.adapter_activation_fn}: there are no adapters; add --encoder-add-adapters "
-            "or --decoder-add-adapters"
-        )
+        logger.warning("--adapter-activation-fn %s has no effect: there are no adapters", args.adapter_activation_fn)
     _check_embeddings(args, encoder.factorized_dim, decoder.factorized_dim)
     if args.offload_activations and any(side.depths or side.adapters for side in (encoder, decoder)):
         raise ConfigError(
@@ -153,9 +153,9 @@ def _check_layers(args: Namespace, depths: Dict[str, int]) -> None:
         for pruned in SIDES:  # naming one side's layers drops the other's, unless they are named as well
             kept = getattr(args, f"{pruned}_layers_to_keep")
             if kept:
+                remedy = "give the number of depths to keep by that flag" if pruned == side else "leave one of them out"
                 raise ConfigError(
-                    f"--{pruned}-layers-to-keep {kept}: not with {stacking}, all depths of which are one layer; "
-                    "give the number of depths to keep by that flag"
+                    f"--{pruned}-layers-to-keep {kept}: not with {stacking}, whose depths are one layer; {remedy}"
                 )
         if args.quant_noise_pq:
             raise ConfigError(
@@ -172,16 +172,17 @@ def _read_adapters(args: Namespace, side: str, width: int) -> Optional[AdapterSe
     asked = getattr(args, activation_key(side))
     for flag, given in ((f"--{side}-adapter-ids", ids), (f"--{side}-train-adapter", trained)):
         if given is not None and not isinstance(given, str):
-            raise ConfigError(f"{flag} {given}: a {type(given).__name__}, no name; quote it: '{given}' as text")
+            raise ConfigError(f"{flag} {given}: not a name but a {type(given).__name__}: quote what you wrote, as 'no'")
     if not value("add_adapters"):
         for flag, given in (
             (f"--{side}-adapter-ids", ids),
             (f"--{side}-train-adapter", trained),
             (f"--{side}-adapter-use-gating", value("adapter_use_gating") or None),
-            (f"--{side}-adapter-reduction-factor", factor if factor != 2 else None),
         ):
             if given is not None:
                 raise ConfigError(f"{_shown(flag, given)}: the {side} has no adapters; add --{side}-add-adapters")
+        if factor != 2:
+            logger.warning("--%s-adapter-reduction-factor %s has no effect: the %s has no adapters", side, factor, side)
         if asked not in (None, NO_ADAPTER):
             raise ConfigError(
                 f"--activate-{side}-adapter {asked}: the {side} of this checkpoint has no adapters; use "
@@ -196,8 +197,8 @@ def _read_adapters(args: Namespace, side: str, width: int) -> Optional[AdapterSe
             raise ConfigError(f"--{side}-adapter-ids {ids}: '{name}' is there twice; name each id once")
         if not name or name in RESERVED_IDS or set(". \t:${}") & set(name):
             raise ConfigError(
-                f"--{side}-adapter-ids {ids}: '{name}' cannot be an id; names joined by commas, without dots, colons "
-                f"or spaces, as in de,hi,ta ('{NO_ADAPTER}', 'active' and 'training' are taken)"
+                f"--{side}-adapter-ids {ids}: '{name}' cannot be an id; names joined by commas, without dots, colons, "
+                f"spaces, $ or braces, as in de,hi,ta ('{NO_ADAPTER}', 'active' and 'training' are taken)"
             )
     if not 1 <= factor <= width:
         raise ConfigError(f"--{side}-adapter-reduction-factor {factor}: must be from 1 to --{side}-embed-dim {width}")

@@ -129,7 +129,7 @@ class TransformerExtModel(TransformerModel):
             if before != trained:
                 raise ConfigError(
                     f"--{side}-train-adapter {trained or 'is missing'}: {path} is of a run that trained "
-                    f"{before or 'none'}; give another --save-dir, or begin anew from its weights by --reset-optimizer"
+                    f"{before or 'no adapter'}; give another --save-dir, or --reset-optimizer to begin anew"
                 )
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
