@@ -6,7 +6,7 @@ a fingerprint of the base that the adapters were trained on, and goes into no ot
 
 import argparse
 import os
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -114,12 +114,12 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
     state = _read_checkpoint(path)
     model, settings = dict(state["model"]), model_settings(state)
     _use_our_architecture(path, settings)
-    bases = _fingerprints(model)
+    base = fingerprint(model)
     for file_name in adapters:
         file = _read_adapter(file_name)
-        if file["base"] not in bases:
+        if file["base"] != base and file["base"] not in _rounded_fingerprints(model):
             raise ConfigError(
-                f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {bases[0]}; "
+                f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {base}; "
                 "name the checkpoint that it was trained on"
             )
         _take_settings(file_name, file, model, settings)
@@ -148,13 +148,10 @@ def fingerprint(model: Dict[str, Tensor]) -> str:
     return model_fingerprint({name: tensor for name, tensor in model.items() if adapter_of(name) is None})
 
 
-def _fingerprints(model: Dict[str, Tensor]) -> List[str]:
-    """Of a base as it is, and as a run with --fp16 or --bf16 saves it: rounded, in float32."""
-    rounded = [
-        {name: t.to(dtype).float() if t.is_floating_point() else t for name, t in model.items()}
-        for dtype in (torch.float16, torch.bfloat16)
-    ]
-    return [fingerprint(weights) for weights in (model, *rounded)]
+def _rounded_fingerprints(model: Dict[str, Tensor]) -> Iterator[str]:
+    """Of a base as runs with --fp16 and --bf16 save it: rounded, in float32."""
+    for dtype in (torch.float16, torch.bfloat16):
+        yield fingerprint({name: t.to(dtype).float() if t.is_floating_point() else t for name, t in model.items()})
 
 
 def _base_weights(model: Dict[str, Tensor]) -> Dict[str, Tensor]:

@@ -30,13 +30,19 @@ def explained(path: str, expected: str) -> Iterator[None]:
     except PermissionError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the bytes of a file can make torch raise anything
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            reason = f"refused, it refers to {foreign[1]}, which no {expected} does: loading it could run code"
-        else:
-            cause = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            reason = f"damaged, cut short, or not a {expected} ({cause})"
-        raise ConfigError(f"{path}: {reason}") from error
+        if "allocate memory" in str(error):  # torch has no MemoryError
+            raise
+        raise _explanation(path, expected, error) from error
+
+
+def _explanation(path: str, expected: str, error: Exception) -> ConfigError:
+    foreign = re.search(r"GLOBAL (\S+)", str(error))
+    if foreign:
+        reason = f"refused, it refers to {foreign[1]}, which no {expected} does: loading it could run code"
+    else:
+        cause = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = f"damaged, cut short, or not a {expected} ({cause})"
+    return ConfigError(f"{path}: {reason}")
 
 
 def _changed_part(path: str):

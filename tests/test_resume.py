@@ -111,7 +111,11 @@ def test_given_again_after_its_time(distil, tmp_path):
     again = distil(tmp_path, *flags)
     assert again.returncode == 0
     assert "--stop-time-hours 1e-09: the checkpoint was trained for longer: nothing is left" in again.output
-    assert load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 1
+    last = tmp_path / "checkpoint_last.pt"
+    assert load(last)["optimizer_history"][-1]["num_updates"] == 1
+    # fairseq hands the time of the first run on to one that begins from its weights
+    assert distil(tmp_path / "other", *flags, "--finetune-from-model", last).returncode == 0
+    assert load(tmp_path / "other" / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 1
 
 
 def test_given_again_after_its_end(distil, tmp_path):

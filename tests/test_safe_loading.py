@@ -61,13 +61,14 @@ def test_the_way_around_it_that_is_advised_elsewhere(tmp_path, monkeypatch):
     assert not (tmp_path / "witness").exists()
 
 
-def test_no_class_is_changed():
+def test_no_class_is_changed(monkeypatch):
     """A state for a class, in place of an object, would set the attributes of the class."""
     changing = b"\x80\x02cargparse\nNamespace\n(N}X\x04\x00\x00\x00markK\x01stb."
     oracle = "import pickle, sys; " + f"print(hasattr(pickle.loads({changing!r}), 'mark'))"
     done = subprocess.run([sys.executable, "-c", oracle], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout == "True\n"
-    with pytest.raises(pickle.UnpicklingError):
+    monkeypatch.setitem(safe_loading._allowed, "argparse.Namespace", Namespace)  # where torch itself reads it is empty
+    with pytest.raises(pickle.UnpicklingError, match=r"Namespace.*would be changed"):
         safe_loading._Pickle.load(io.BytesIO(changing))
 
 
@@ -83,6 +84,27 @@ def test_a_program_is_refused(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "program.pt"))
     with pytest.raises(ConfigError, match=r"program\.pt: (refused|damaged).*torch"):
         checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "program.pt"))
+
+
+@pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")])
+def test_no_memory_is_not_damage(tmp_path, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error()
+
+    path = write(tmp_path / "file", {}, True)
+    monkeypatch.setattr(safe_loading, "load", load)
+    with pytest.raises((MemoryError, RuntimeError)):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+def test_no_permission_is_not_damage(tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "file", {}, True)
+    monkeypatch.setattr(safe_loading, "load", load)
+    with pytest.raises(ConfigError, match="file: cannot be read: Permission denied"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

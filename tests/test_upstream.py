@@ -78,7 +78,8 @@ def test_a_wrong_flag_that_a_worker_meets_is_one_line():
     """fairseq-train starts a process for each GPU where it sees several."""
     code = (
         "import kd_ext, torch\nfrom kd_ext.errors import ConfigError\n"
-        "def work(rank): raise ConfigError('--flag 1: wrong')\n"
+        "def work(rank):\n    try: raise ConfigError('wrong')\n"
+        "    except ConfigError as error: raise ConfigError(f'--flag 1: {error}') from error\n"
         "if __name__ == '__main__':\n"
         "    import torch.multiprocessing as m\n    m.start_processes(work, nprocs=1, start_method='fork')"
     )

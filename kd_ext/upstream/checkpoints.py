@@ -20,7 +20,10 @@ from kd_ext import safe_loading
 class _SafelyLoadingTorch(ModuleType):
     """torch, but for ``load``."""
 
-    load = staticmethod(safe_loading.load)
+    @staticmethod
+    def load(file, map_location="cpu", **_):
+        # what else fairseq may be made to ask for is to load unsafely
+        return safe_loading.load(file, map_location)
 
     def __getattr__(self, name):
         return getattr(torch, name)

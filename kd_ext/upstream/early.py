@@ -25,7 +25,7 @@ def apply() -> None:
 def _show_errors_of_hydra() -> None:
     """Python >= 3.10 has no ``print_exception(etype=...)``, by which hydra-core 1.0 reports errors: it shows its own.
 
-    Its switch that leaves errors alone is set for fairseq's commands; other programs are left as they are.
+    Its switch that leaves errors as they are is set for fairseq's commands alone.
     """
     if "fairseq_cli" in sys.modules:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")

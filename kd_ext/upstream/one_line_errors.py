@@ -42,8 +42,8 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
         if isinstance(error, ConfigError):
             return str(error)
         if isinstance(error, ProcessRaisedException):  # of a worker that fairseq started: its traceback is the text
-            line = re.search(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.*)", str(error), re.MULTILINE)
-            return line[1] if line else None
+            lines = re.findall(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.*)", str(error), re.MULTILINE)
+            return lines[-1] if lines else None  # the last was raised from those before
         if isinstance(error, MissingMandatoryValue):
             return f"{str(error).splitlines()[0]}; the recipe leaves it open (???): name it on the command line"
         error = error.__cause__ or error.__context__

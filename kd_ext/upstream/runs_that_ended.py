@@ -45,7 +45,8 @@ def _why_ended(trainer: Any) -> Optional[str]:
     optimization, done = trainer.cfg.optimization, trainer.get_num_updates()
     if 0 < optimization.max_update <= done:
         return f"--max-update {optimization.max_update}: the checkpoint has had {done} updates"
-    if 0 < optimization.stop_time_hours < trainer._previous_training_time / 3600:
+    # of a checkpoint that another run begins with fairseq takes over the time, too
+    if done > 0 and 0 < optimization.stop_time_hours < trainer._previous_training_time / 3600:
         return f"--stop-time-hours {optimization.stop_time_hours}: the checkpoint was trained for longer"
     patience, waited = trainer.cfg.checkpoint.patience, getattr(counter(), "num_runs", 0)
     if 0 < patience <= waited:
