@@ -16,6 +16,7 @@ from omegaconf import open_dict
 
 from kd_ext.errors import ConfigError
 from kd_ext.fingerprint import model_fingerprint
+from kd_ext.models.fused_attention import fuse_cross_attention
 from kd_ext.models.layers import drop_dead_parameters
 from kd_ext.models.output_projection import NoProjectionError, find_projection
 from kd_ext.modules.random_state import random_state_kept
@@ -219,6 +220,7 @@ def _build_model(path: str, task: Any, model_cfg: Any, state: Dict[str, Any]) ->
             "mend the settings by --teacher-model-overrides"
         ) from error
     drop_dead_parameters(model)
+    fuse_cross_attention(model)
     return model
 
 
