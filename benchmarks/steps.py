@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 VOCABULARY, SENTENCES, LENGTH = 32_000, 1_000, 31
 SHAPE = {"student": (256, 3), "teacher": (512, 6)}
-UPDATES, ROUNDS = 8, 3
+UPDATES, ROUNDS = 8, 2
 RUNS = {"float16": "--fp16", "bfloat16": "--bf16"} if DEVICE == "cuda" else {"float32": "--cpu"}
 DISTIL = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"]
 UPSTREAM = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy"]
