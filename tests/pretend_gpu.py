@@ -1,0 +1,218 @@
+"""The branches that a GPU takes, on a device that only says that it is one: its numbers are on the CPU.
+
+Run by test_gpu_branches.py in a process of its own, which the device changes for good. An operation on tensors of two
+devices fails, as it does on a GPU; products of half-precision operands into float32, which a CPU does not have, are
+made from copies in float32.
+"""
+
+import pytest
+import torch
+from test_chunked_loss import WEIGHTS, make, plain
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+
+from kd_ext.modules.chunked_logits import LinearLogits
+from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll
+from kd_ext.modules.language_tags import LanguageTags
+from kd_ext.modules.token_selection import STRATEGIES
+from kd_ext.modules.top_probs import TopProbs, top_probs
+
+
+class _Module(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
+
+
+backend_registration._setup_privateuseone_for_python_backend("pretend", backend_module=_Module())
+DEVICE = torch.device("pretend:0")
+mixed_products = []  # the dtype of the operands of each
+
+
+class OnDevice(torch.Tensor):
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.size(), device=DEVICE, **layout)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def tolist(self):
+        return self.inner.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return run(operation, args, kwargs or {})
+
+
+class Pretend(TorchDispatchMode):
+    """Takes in what is made from no tensor, too."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return run(operation, args, kwargs or {})
+
+
+def run(operation, args, kwargs):
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    on_device = [isinstance(x, OnDevice) for x in tensors if isinstance(x, OnDevice) or x.dim() > 0]
+    moves = operation in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+    assert moves or all(on_device) or not any(on_device), f"{operation}: tensors of two devices"
+    if "device" in kwargs:
+        stays = torch.device(kwargs["device"]) == DEVICE
+    else:
+        stays = isinstance(args[0], OnDevice) if moves else any(on_device)
+    inside = tree_map(_inside, (args, kwargs))
+    if operation is torch.ops.aten.mm.dtype:
+        a, b, dtype = inside[0]
+        mixed_products.append(a.dtype)
+        out = torch.mm(a.to(dtype), b.to(dtype))
+    else:
+        out = operation(*inside[0], **inside[1])
+    if not stays:
+        return out
+    out = tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, out)
+    return return_and_correct_aliasing(operation, args, kwargs, out)
+
+
+def _inside(x):
+    if isinstance(x, OnDevice):
+        return x.inner
+    return torch.device("cpu") if isinstance(x, torch.device) else x
+
+
+def put(x):
+    return None if x is None else OnDevice(x.detach().clone())
+
+
+def as_dtype(logits, dtype):
+    return type(logits)(*(None if x is None else x.detach().to(dtype) for x in logits))
+
+
+def assert_near(found, expected, tolerance):
+    """As vectors: half precision rounds what is small beside the rest to little of its own value."""
+    assert (found.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@pytest.fixture(autouse=True)
+def _no_products_yet():
+    mixed_products.clear()
+
+
+def test_the_device_is_strict():
+    with Pretend():
+        tensor = put(torch.ones(3))
+        assert tensor.is_cuda
+        assert (tensor + torch.tensor(1.0)).tolist() == [2, 2, 2]
+        with pytest.raises(AssertionError, match="two devices"):
+            tensor + torch.ones(3)
+        with pytest.raises(AssertionError, match="two devices"):
+            tensor[torch.tensor([0])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("selection", ["all", "some", "none"])
+@pytest.mark.parametrize("teachers", [("bias",), ("linear", "given")])
+@pytest.mark.parametrize("is_listed", [False, True])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_loss(dtype, temperature, selection, teachers, is_listed, weights):
+    weights = Weights(*WEIGHTS[weights], 0.1, temperature)
+    student, target, selected, teachers = make(torch.float32, n=60, teachers=teachers, selection=selection)
+    student, teachers = as_dtype(student, dtype), [as_dtype(teacher, dtype) for teacher in teachers]
+    full = LinearLogits(*(x.float().requires_grad_() for x in student))
+    loss, nll, _, correct = plain(full, target, selected, teachers, weights)
+    with Pretend():
+        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
+        known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
+        if is_listed:
+            known = listed(known, student.weight.size(0), temperature)
+        result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=16)
+        nll_alone = chunked_nll(leaves, put(target), rows=16)
+        gradients = torch.autograd.grad(3 * result.loss, leaves)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(result.loss.cpu(), loss, **close)
+    torch.testing.assert_close(result.nll.cpu(), nll, **close)
+    torch.testing.assert_close(nll_alone.cpu(), nll.detach(), **close)
+    assert torch.equal(result.correct.cpu(), correct)
+    for gradient, expected in zip(gradients, torch.autograd.grad(3 * loss, full)):
+        assert gradient.dtype == dtype
+        assert_near(gradient.cpu(), expected, max(torch.finfo(dtype).eps, 1e-6))
+    assert set(mixed_products) == ({dtype} - {torch.float32})
+
+
+def listed(teachers, k, temperature):
+    if teachers[0][0].size(0) == 0:
+        return TopProbs(put(torch.zeros(0, k, dtype=torch.int64)), put(torch.zeros(0, k)), k)
+    with torch.no_grad():  # in place of the inference mode, which the device does not have
+        return top_probs.__wrapped__(teachers, k, temperature, rows=16)
+
+
+def test_small_gradients_in_float16():
+    """Too small for float16 before they are multiplied by the scale of the loss."""
+    weights, scale = Weights(2e-8, 1e-8, 0.1, 1.0), 2.0**24
+    student, target, selected, teachers = make(torch.float32, n=60)
+    student, teachers = as_dtype(student, torch.float16), [as_dtype(teacher, torch.float16) for teacher in teachers]
+    full = LinearLogits(*(x.float().requires_grad_() for x in student))
+    loss, *_ = plain(full, target, selected, teachers, weights)
+    with Pretend():
+        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
+        known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
+        result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=16)
+        gradients = torch.autograd.grad(scale * result.loss, leaves)
+    for gradient, expected in zip(gradients, torch.autograd.grad(scale * loss, full)):
+        assert_near(gradient.cpu(), expected, torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_under_automatic_mixed_precision(dtype):
+    """Of float32 weights: multiplied in the dtype of autocast, their gradients in float32."""
+    weights = Weights(0.5, 0.5, 0.1, 1.0)
+    student, target, selected, teachers = make(torch.float32, n=60)
+    rounded = LinearLogits(*(x.to(dtype).float().requires_grad_() for x in as_dtype(student, dtype)))
+    teachers = [as_dtype(teacher, dtype) for teacher in teachers]
+    loss, *_ = plain(rounded, target, selected, teachers, weights)
+    with Pretend():
+        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
+        known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
+        torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=16)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        gradients = torch.autograd.grad(result.loss, leaves)
+    torch.testing.assert_close(result.loss.cpu(), loss, rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(gradients, torch.autograd.grad(loss, rounded)):
+        assert gradient.dtype == torch.float32
+        assert_near(gradient.cpu(), expected, torch.finfo(dtype).eps)
+    assert set(mixed_products) == {dtype}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_selection(strategy):
+    """The same tokens and gates as on the CPU, with updates that are skipped among the others."""
+    settings = {"rate": 0.3, "capacity": 100, "pools": ["hi", "ta", "untagged"], "gather": lambda x: x}
+    on_cpu, on_device = (STRATEGIES[strategy](**settings) for _ in range(2))
+    tags = LanguageTags(["<s>", "__src__hi", "__src__ta", "word"], "__src__")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        nll = torch.rand(37, generator=generator)
+        sentences = torch.randint(4, (37, 3), generator=generator)
+        expected = on_cpu.select(nll, tags.of_sentences(sentences))
+        with Pretend():
+            of_device = LanguageTags(["<s>", "__src__hi", "__src__ta", "word"], "__src__")
+            found = on_device.select(put(nll), of_device.of_sentences(put(sentences)))
+        assert torch.equal(found.mask.cpu(), expected.mask)
+        torch.testing.assert_close(found.gates.cpu(), expected.gates, equal_nan=True, rtol=0, atol=0)
+        for selector in (on_cpu, on_device):
+            with Pretend():
+                selector.rollback() if step % 3 == 2 else selector.commit()
+    with Pretend():
+        saved = on_device.state_dict()
+    for pool, values in on_cpu.state_dict().items():
+        assert type(saved[pool]) is torch.Tensor  # on the CPU
+        assert torch.equal(saved[pool], values)
