@@ -26,6 +26,11 @@ def number(value: Any, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def draw(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=100)
+
+
 def loss(rows: List[Dict[str, Any]]) -> str:
     """Time over the matrix products alone, memory over plain cross-entropy, of the same run."""
     at = {(row["precision"], row["vocabulary"], row["variant"]): row for row in rows}
@@ -40,16 +45,15 @@ def loss(rows: List[Dict[str, Any]]) -> str:
             + [number(peak), ratio(peak, plain.get("peak_gb"))]
         )
     for what, name in (("peak_gb", "loss-memory"), ("seconds", "loss-time")):
-        figure, axes = pyplot.subplots(figsize=(6, 4))
+        figure, axes = pyplot.subplots(figsize=(8, 4))
         for precision, variant in dict.fromkeys((row["precision"], row["variant"]) for row in rows):
             of_line = [row for row in rows if (row["precision"], row["variant"]) == (precision, variant)]
             points = [(row["vocabulary"], row[what]) for row in of_line if what in row]
             axes.loglog(*zip(*points), marker="o", label=f"{variant}, {precision}")
-        axes.set_xlabel("vocabulary")
+        axes.set_xlabel("words")
         axes.set_ylabel({"peak_gb": "peak memory, GB", "seconds": "seconds for 2,048 tokens"}[what])
-        axes.legend(fontsize="small")
-        figure.tight_layout()
-        figure.savefig(RESULTS / f"{name}.png", dpi=100)
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, not on them
+        draw(figure, name)
     header = ["precision", "vocabulary", "loss", "seconds", "over its products", "peak GB", "over plain cross-entropy"]
     return table(header, lines) + "\n![memory](loss-memory.png) ![time](loss-time.png)\n"
 
@@ -67,7 +71,17 @@ def steps(rows: List[Dict[str, Any]]) -> str:
     """Speed and memory over upstream without distillation, of the same run."""
     speed, memory = over_first(rows, "words_per_second", 0), over_first(rows, "peak_gb", 2)
     lines = [fast + lean[2:] for fast, lean in zip(speed, memory)]
-    return table(["precision", "training", "words per second", "over upstream", "peak GB", "over upstream"], lines)
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 1 + 0.4 * len(rows)), sharey=True)
+    names = [f"{row['variant']}, {row['precision']}" for row in rows]
+    for axes, what, found in zip(panels, ("words per second", "peak memory"), (speed, memory)):
+        bars = axes.barh(names, [float(line[3]) for line in found])
+        axes.bar_label(bars, [line[3] for line in found], padding=2)
+        axes.margins(x=0.2)
+        axes.set_xlabel(f"{what} over upstream's")
+    panels[0].invert_yaxis()  # the first one on top
+    draw(figure, "steps")
+    header = ["precision", "training", "words per second", "over upstream", "peak GB", "over upstream"]
+    return table(header, lines) + "\n![speed and memory](steps.png)\n"
 
 
 def queue_gate(rows: List[Dict[str, Any]]) -> str:
