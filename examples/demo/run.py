@@ -124,7 +124,7 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
 
 def announce(out: Path, step: Step) -> None:
     """Do a step, and say so in a line."""
-    label = f"{step.name:22}"
+    label = f"{step.name:25}"
     print(label, end="", flush=True)
     start = time.monotonic()
     outcome = "not done"

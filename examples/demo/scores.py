@@ -87,8 +87,9 @@ def render(results: Dict[str, Dict[str, Any]]) -> str:
     lines += [
         "",
         f"To English, {first['scores']['all']['sentences']} test sentences, beam 5, on one CPU core.",
-        "The last columns are BLEU / chrF by source language, with how many sentences: of few, scores vary.",
-        "Parameters without those that fairseq 0.12.2's encoder layers hold but never use.",
+        "The last columns are BLEU / chrF by source language, with the number of sentences in parentheses: "
+        "scores of few sentences vary.",
+        "The parameters that fairseq 0.12.2's encoder layers hold but never use are not counted.",
         "",
     ]
     lines += [f"- {metric}: `{signature}`" for metric, signature in first["signatures"].items()]
