@@ -174,7 +174,7 @@ def test_the_loss_under_automatic_mixed_precision(dtype):
     student, target, selected, teachers = make(torch.float32, n=60)
     rounded = LinearLogits(*(x.to(dtype).float().requires_grad_() for x in as_dtype(student, dtype)))
     teachers = [as_dtype(teacher, dtype) for teacher in teachers]
-    loss, *_ = plain(rounded, target, selected, teachers, weights)
+    loss, nll, *_ = plain(rounded, target, selected, teachers, weights)
     with Pretend():
         leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
         known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
@@ -186,6 +186,7 @@ def test_the_loss_under_automatic_mixed_precision(dtype):
             torch.set_autocast_enabled("cuda", False)
         gradients = torch.autograd.grad(result.loss, leaves)
     torch.testing.assert_close(result.loss.cpu(), loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.nll.cpu(), nll, rtol=1e-5, atol=1e-5)
     for gradient, expected in zip(gradients, torch.autograd.grad(loss, rounded)):
         assert gradient.dtype == torch.float32
         assert_near(gradient.cpu(), expected, torch.finfo(dtype).eps)

@@ -134,11 +134,17 @@ def chunked_nll(student: LinearLogits, target: Tensor, rows: Optional[int] = Non
 
 def _as_autocast(logits: LinearLogits) -> LinearLogits:
     """The tensors in the dtype in which automatic mixed precision would multiply them."""
-    if not (logits.features.is_cuda and torch.is_autocast_enabled()):
+    dtype = _autocast_dtype() if logits.features.is_cuda else None
+    if dtype is None:
         return logits
-    dtype = torch.get_autocast_gpu_dtype()
     bias = None if logits.bias is None else logits.bias.to(dtype)
     return LinearLogits(logits.features.to(dtype), logits.weight.to(dtype), bias)
+
+
+def _autocast_dtype() -> Optional[torch.dtype]:
+    if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4, whose later versions warn of the older names
+        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 class _ChunkedLoss(torch.autograd.Function):
