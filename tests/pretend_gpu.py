@@ -29,6 +29,24 @@ DEVICE = torch.device("pretend:0")
 mixed_products = []  # the dtype of the operands of each
 
 
+def _mm(a, b, dtype, out=None):
+    mixed_products.append(a.dtype)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def _addmm(to, a, b, dtype, alpha, out):
+    mixed_products.append(a.dtype)
+    return torch.addmm(to, a.to(dtype), b.to(dtype), alpha=alpha, out=out)
+
+
+# half-precision products into float32
+MIXED = {
+    torch.ops.aten.mm.dtype: _mm,
+    torch.ops.aten.mm.dtype_out: _mm,
+    torch.ops.aten.addmm.dtype_out: _addmm,
+}
+
+
 class OnDevice(torch.Tensor):
     is_cuda = True
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -66,12 +84,8 @@ def run(operation, args, kwargs):
     else:
         stays = isinstance(args[0], OnDevice) if moves else any(on_device)
     inside = tree_map(_inside, (args, kwargs))
-    if operation is torch.ops.aten.mm.dtype:
-        a, b, dtype = inside[0]
-        mixed_products.append(a.dtype)
-        out = torch.mm(a.to(dtype), b.to(dtype))
-    else:
-        out = operation(*inside[0], **inside[1])
+    operation_inside = MIXED.get(operation, operation)
+    out = operation_inside(*inside[0], **inside[1])
     if not stays:
         return out
     out = tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, out)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 # Tokens in a chunk on a CPU: with fewer, reading the projection costs more than multiplying by it; with more, the
 # products are no faster (measured at 32k words: 64 rows take 1.8 times as long as 256, 512 as long as 256).
 CHUNK_ROWS = 256
@@ -92,20 +93,21 @@ class Product:
     def __init__(self, like: Tensor) -> None:
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         is_half = like.dtype in (torch.float16, torch.bfloat16)
-        # torch 2.8 and later
-        self._mixed = like.is_cuda and is_half and hasattr(torch.ops.aten.mm, "dtype")
+        self._mixed = like.is_cuda and is_half and _TORCH >= (2, 8)
         self.operand = like.dtype if self._mixed else self.dtype
 
     def into(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """``out = a @ b``"""
-        return out.copy_(torch.mm(a, b, out_dtype=self.dtype)) if self._mixed else torch.mm(a, b, out=out)
+        return torch.mm(a, b, out_dtype=self.dtype, out=out) if self._mixed else torch.mm(a, b, out=out)
 
     def add(self, out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
         """``out += factor * a @ b``"""
-        if self._mixed:
-            out.add_(torch.mm(a, b, out_dtype=self.dtype), alpha=factor)
-        else:
+        if not self._mixed:
             out.addmm_(a, b, alpha=factor)
+        elif _TORCH >= (2, 11):  # before, what is added to had to be of the operands' dtype
+            torch.addmm(out, a, b, out_dtype=self.dtype, alpha=factor, out=out)
+        else:
+            out.add_(torch.mm(a, b, out_dtype=self.dtype), alpha=factor)
 
 
 class LogitChunks:
