@@ -1,8 +1,8 @@
 """The branches that a GPU takes, on a device that only says that it is one: its numbers are on the CPU.
 
 Run by test_gpu_branches.py in a process of its own, which the device changes for good. An operation on tensors of two
-devices fails, as it does on a GPU; products of half-precision operands into float32, which a CPU does not have, are
-made from copies in float32.
+devices fails, even where a GPU would take the indices from the CPU; products of half-precision operands into float32,
+which a CPU does not have, are made from copies in float32.
 """
 
 import pytest
@@ -12,7 +12,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from kd_ext.modules.chunked_logits import LinearLogits
+from kd_ext.modules import chunked_logits
+from kd_ext.modules.chunked_logits import GivenLogits, LinearLogits
 from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll
 from kd_ext.modules.language_tags import LanguageTags
 from kd_ext.modules.token_selection import STRATEGIES
@@ -30,13 +31,23 @@ mixed_products = []  # the dtype of the operands of each
 
 
 def _mm(a, b, dtype, out=None):
-    mixed_products.append(a.dtype)
+    _check_mixed(a, b, dtype, out)
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def _addmm(to, a, b, dtype, alpha, out):
-    mixed_products.append(a.dtype)
+    _check_mixed(a, b, dtype, out)
+    assert to.dtype == dtype
     return torch.addmm(to, a.to(dtype), b.to(dtype), alpha=alpha, out=out)
+
+
+def _check_mixed(a, b, dtype, out):
+    """As CUDA is about it."""
+    assert a.dtype == b.dtype
+    assert a.dtype in (torch.float16, torch.bfloat16)
+    assert dtype == torch.float32
+    assert out is None or (out.dtype == dtype and out.shape == (a.size(0), b.size(1)))
+    mixed_products.append(a.dtype)
 
 
 # half-precision products into float32
@@ -158,11 +169,32 @@ def test_the_loss(dtype, temperature, selection, teachers, is_listed, weights):
     assert set(mixed_products) == ({dtype} - {torch.float32})
 
 
-def listed(teachers, k, temperature):
+def listed(teachers, k, temperature, rows=16):
     if teachers[0][0].size(0) == 0:
         return TopProbs(put(torch.zeros(0, k, dtype=torch.int64)), put(torch.zeros(0, k)), k)
     with torch.no_grad():  # in place of the inference mode, which the device does not have
-        return top_probs.__wrapped__(teachers, k, temperature, rows=16)
+        return top_probs.__wrapped__(teachers, k, temperature, rows=rows)
+
+
+@pytest.mark.parametrize("version", [(2, 7), (2, 10), (2, 11)])
+def test_products_by_version(version, monkeypatch):
+    """Of older torch, and chunks of the size that a GPU takes by itself; K words fewer than all."""
+    monkeypatch.setattr(chunked_logits, "_TORCH", version)
+    weights = Weights(0.5, 0.5, 0.1, 1.0)
+    student, target, selected, teachers = make(torch.float32, n=60)
+    student, teachers = as_dtype(student, torch.float16), [as_dtype(teacher, torch.float16) for teacher in teachers]
+    full = LinearLogits(*(x.float().requires_grad_() for x in student))
+    top = top_probs([as_dtype(teacher, torch.float32) for teacher in teachers], 5)
+    loss, *_ = plain(full, target, selected, [GivenLogits(top.dense().log())], weights)
+    with Pretend():
+        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
+        known = listed([type(teacher)(*map(put, teacher)) for teacher in teachers], 5, 1.0, rows=None)
+        result = chunked_loss(leaves, put(target), put(selected), known, weights)
+        gradients = torch.autograd.grad(result.loss, leaves)
+    torch.testing.assert_close(result.loss.cpu(), loss, rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(gradients, torch.autograd.grad(loss, full)):
+        assert_near(gradient.cpu(), expected, torch.finfo(torch.float16).eps)
+    assert set(mixed_products) == (set() if version == (2, 7) else {torch.float16})
 
 
 def test_small_gradients_in_float16():
@@ -182,25 +214,29 @@ def test_small_gradients_in_float16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_loss_under_automatic_mixed_precision(dtype):
-    """Of float32 weights: multiplied in the dtype of autocast, their gradients in float32."""
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_the_loss_under_automatic_mixed_precision(dtype, is_listed):
+    """Of float32 weights: multiplied in the dtype of autocast, the teacher's too; gradients in float32."""
     weights = Weights(0.5, 0.5, 0.1, 1.0)
     student, target, selected, teachers = make(torch.float32, n=60)
     rounded = LinearLogits(*(x.to(dtype).float().requires_grad_() for x in as_dtype(student, dtype)))
-    teachers = [as_dtype(teacher, dtype) for teacher in teachers]
-    loss, nll, *_ = plain(rounded, target, selected, teachers, weights)
+    rounded_teachers = [as_dtype(teacher, dtype) for teacher in teachers]
+    loss, nll, term, _ = plain(rounded, target, selected, rounded_teachers, weights)
     with Pretend():
         leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
         known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
         torch.set_autocast_dtype("cuda", dtype)
         torch.set_autocast_enabled("cuda", True)
         try:
+            if is_listed:
+                known = listed(known, student.weight.size(0), 1.0)
             result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=16)
         finally:
             torch.set_autocast_enabled("cuda", False)
         gradients = torch.autograd.grad(result.loss, leaves)
     torch.testing.assert_close(result.loss.cpu(), loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.nll.cpu(), nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.kl.cpu(), term.kl, rtol=1e-5, atol=1e-5)  # the teacher's side
     for gradient, expected in zip(gradients, torch.autograd.grad(loss, rounded)):
         assert gradient.dtype == torch.float32
         assert_near(gradient.cpu(), expected, torch.finfo(dtype).eps)
@@ -209,7 +245,7 @@ def test_the_loss_under_automatic_mixed_precision(dtype):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_selection(strategy):
-    """The same tokens and gates as on the CPU, with updates that are skipped among the others."""
+    """The same tokens and gates as on the CPU, with updates that are skipped and a resumption among the others."""
     settings = {"rate": 0.3, "capacity": 100, "pools": ["hi", "ta", "untagged"], "gather": lambda x: x}
     on_cpu, on_device = (STRATEGIES[strategy](**settings) for _ in range(2))
     tags = LanguageTags(["<s>", "__src__hi", "__src__ta", "word"], "__src__")
@@ -226,6 +262,10 @@ def test_selection(strategy):
         for selector in (on_cpu, on_device):
             with Pretend():
                 selector.rollback() if step % 3 == 2 else selector.commit()
+        if step == 6:  # resumed, with queues from the CPU
+            with Pretend():
+                saved, on_device = on_device.state_dict(), STRATEGIES[strategy](**settings)
+                on_device.load_state_dict(saved)
     with Pretend():
         saved = on_device.state_dict()
     for pool, values in on_cpu.state_dict().items():

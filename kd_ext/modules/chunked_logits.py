@@ -39,6 +39,14 @@ class LinearLogits(NamedTuple):
         """Those of some tokens: a mask, shape ``(n,)``, bool."""
         return self._replace(features=self.features[tokens])
 
+    def as_autocast(self) -> "LinearLogits":
+        """The same in the dtype in which automatic mixed precision would multiply them."""
+        dtype = _autocast_dtype() if self.features.is_cuda else None
+        if dtype is None:
+            return self
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return LinearLogits(self.features.to(dtype), self.weight.to(dtype), bias)
+
 
 class GivenLogits(NamedTuple):
     """Logits that are there, up to a constant in each row, as log-probabilities are: shape ``(n, V)``."""
@@ -52,8 +60,18 @@ class GivenLogits(NamedTuple):
         """Those of some tokens: a mask, shape ``(n,)``, bool."""
         return GivenLogits(self.given[tokens])
 
+    def as_autocast(self) -> "GivenLogits":
+        """They are not multiplied."""
+        return self
+
 
 TeacherLogits = Union[LinearLogits, GivenLogits]
+
+
+def _autocast_dtype() -> Optional[torch.dtype]:
+    if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4, whose later versions warn of the older names
+        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 def spans(start: int, stop: int, size: int) -> Iterator[Tuple[int, int]]:

@@ -92,7 +92,9 @@ def chunked_loss(
         weights: of the terms
         rows: tokens in a chunk; None: as measured to be fast
     """
-    features, weight, bias = _as_autocast(student)
+    features, weight, bias = student.as_autocast()
+    if not isinstance(teacher, TopProbs):
+        teacher = [logits.as_autocast() for logits in teacher]
     count = int(selected.sum())
     is_mixed = 0 < count < target.numel()
     if is_mixed:  # the selected tokens first: the chunks after them need no teacher
@@ -117,7 +119,7 @@ def chunked_nll(student: LinearLogits, target: Tensor, rows: Optional[int] = Non
     Returns:
         shape ``(n,)``, nats, float32 (float64 where the features are)
     """
-    student = _as_autocast(student)
+    student = student.as_autocast()
     with torch.autocast(target.device.type, enabled=False):
         source = LogitChunks(student)
         nll = target.new_empty(target.size(0), dtype=source.product.dtype)
@@ -130,21 +132,6 @@ def chunked_nll(student: LinearLogits, target: Tensor, rows: Optional[int] = Non
                 at_target = z.gather(1, target[at].unsqueeze(1)).squeeze(1)
                 nll[at] = z.exp_().sum(1).log_() - at_target
     return nll
-
-
-def _as_autocast(logits: LinearLogits) -> LinearLogits:
-    """The tensors in the dtype in which automatic mixed precision would multiply them."""
-    dtype = _autocast_dtype() if logits.features.is_cuda else None
-    if dtype is None:
-        return logits
-    bias = None if logits.bias is None else logits.bias.to(dtype)
-    return LinearLogits(logits.features.to(dtype), logits.weight.to(dtype), bias)
-
-
-def _autocast_dtype() -> Optional[torch.dtype]:
-    if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4, whose later versions warn of the older names
-        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -65,7 +65,7 @@ def top_probs(
     first = teachers[0]
     projection = first.weight if isinstance(first, LinearLogits) else first.given.t()
     size = rows or chunk_rows(projection)
-    chunks = TeacherChunks(teachers, temperature)
+    chunks = TeacherChunks([teacher.as_autocast() for teacher in teachers], temperature)
     parts = [chunks.probs(start, stop).topk(k, dim=1) for start, stop in spans(0, first[0].size(0), size)]
     words, probs = torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
     return TopProbs(words, probs, projection.size(0))
