@@ -5,6 +5,8 @@ devices fails, even where a GPU would take the indices from the CPU; products of
 which a CPU does not have, are made from copies in float32.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from test_chunked_loss import WEIGHTS, make, plain
@@ -95,8 +97,7 @@ def run(operation, args, kwargs):
     else:
         stays = isinstance(args[0], OnDevice) if moves else any(on_device)
     inside = tree_map(_inside, (args, kwargs))
-    operation_inside = MIXED.get(operation, operation)
-    out = operation_inside(*inside[0], **inside[1])
+    out = MIXED.get(operation, operation)(*inside[0], **inside[1])
     if not stays:
         return out
     out = tree_map(lambda x: OnDevice(x) if isinstance(x, torch.Tensor) else x, out)
@@ -111,6 +112,12 @@ def _inside(x):
 
 def put(x):
     return None if x is None else OnDevice(x.detach().clone())
+
+
+def put_all(student, teachers):
+    """The student as leaf tensors, and the teachers."""
+    leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
+    return leaves, [type(teacher)(*map(put, teacher)) for teacher in teachers]
 
 
 def as_dtype(logits, dtype):
@@ -151,8 +158,7 @@ def test_the_loss(dtype, temperature, selection, teachers, is_listed, weights):
     full = LinearLogits(*(x.float().requires_grad_() for x in student))
     loss, nll, _, correct = plain(full, target, selected, teachers, weights)
     with Pretend():
-        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
-        known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
+        leaves, known = put_all(student, teachers)
         if is_listed:
             known = listed(known, student.weight.size(0), temperature)
         result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=16)
@@ -187,8 +193,8 @@ def test_products_by_version(version, monkeypatch):
     top = top_probs([as_dtype(teacher, torch.float32) for teacher in teachers], 5)
     loss, *_ = plain(full, target, selected, [GivenLogits(top.dense().log())], weights)
     with Pretend():
-        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
-        known = listed([type(teacher)(*map(put, teacher)) for teacher in teachers], 5, 1.0, rows=None)
+        leaves, known = put_all(student, teachers)
+        known = listed(known, 5, 1.0, rows=None)
         result = chunked_loss(leaves, put(target), put(selected), known, weights)
         gradients = torch.autograd.grad(result.loss, leaves)
     torch.testing.assert_close(result.loss.cpu(), loss, rtol=1e-5, atol=1e-5)
@@ -205,8 +211,7 @@ def test_small_gradients_in_float16():
     full = LinearLogits(*(x.float().requires_grad_() for x in student))
     loss, *_ = plain(full, target, selected, teachers, weights)
     with Pretend():
-        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
-        known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
+        leaves, known = put_all(student, teachers)
         result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=16)
         gradients = torch.autograd.grad(scale * result.loss, leaves)
     for gradient, expected in zip(gradients, torch.autograd.grad(scale * loss, full)):
@@ -223,8 +228,7 @@ def test_the_loss_under_automatic_mixed_precision(dtype, is_listed):
     rounded_teachers = [as_dtype(teacher, dtype) for teacher in teachers]
     loss, nll, term, _ = plain(rounded, target, selected, rounded_teachers, weights)
     with Pretend():
-        leaves = LinearLogits(*(put(x).requires_grad_() for x in student))
-        known = [type(teacher)(*map(put, teacher)) for teacher in teachers]
+        leaves, known = put_all(student, teachers)
         torch.set_autocast_dtype("cuda", dtype)
         torch.set_autocast_enabled("cuda", True)
         try:
@@ -248,15 +252,14 @@ def test_selection(strategy):
     """The same tokens and gates as on the CPU, with updates that are skipped and a resumption among the others."""
     settings = {"rate": 0.3, "capacity": 100, "pools": ["hi", "ta", "untagged"], "gather": lambda x: x}
     on_cpu, on_device = (STRATEGIES[strategy](**settings) for _ in range(2))
-    tags = LanguageTags(["<s>", "__src__hi", "__src__ta", "word"], "__src__")
+    language_tags = partial(LanguageTags, ["<s>", "__src__hi", "__src__ta", "word"], "__src__")
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
         nll = torch.rand(37, generator=generator)
         sentences = torch.randint(4, (37, 3), generator=generator)
-        expected = on_cpu.select(nll, tags.of_sentences(sentences))
+        expected = on_cpu.select(nll, language_tags().of_sentences(sentences))
         with Pretend():
-            of_device = LanguageTags(["<s>", "__src__hi", "__src__ta", "word"], "__src__")
-            found = on_device.select(put(nll), of_device.of_sentences(put(sentences)))
+            found = on_device.select(put(nll), language_tags().of_sentences(put(sentences)))
         assert torch.equal(found.mask.cpu(), expected.mask)
         torch.testing.assert_close(found.gates.cpu(), expected.gates, equal_nan=True, rtol=0, atol=0)
         for selector in (on_cpu, on_device):
