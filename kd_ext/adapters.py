@@ -13,13 +13,13 @@ from torch import Tensor
 
 import kd_ext  # noqa: F401  registers the architectures, and lets fairseq's checkpoints be read
 from kd_ext.errors import ConfigError
-from kd_ext.fingerprint import is_weight, model_fingerprint
+from kd_ext.files.fingerprint import is_weight, model_fingerprint
+from kd_ext.files.reading import explained
+from kd_ext.files.safe_loading import load
+from kd_ext.files.writing import written_whole
 from kd_ext.models.extension_flags import SIDES, activation_key
+from kd_ext.models.saved_settings import get, model_settings
 from kd_ext.modules.adapter import adapter_of
-from kd_ext.reading import explained
-from kd_ext.safe_loading import load
-from kd_ext.saved_settings import get, model_settings
-from kd_ext.writing import written_whole
 
 FORMAT = "kd_ext adapter 1"
 # per side: what all adapters of a side have in common, saved as text

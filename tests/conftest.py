@@ -8,7 +8,7 @@ from commands import PLUGIN, Result, run
 from corpus import preprocess
 
 import kd_ext  # noqa: F401  lets checkpoints of fairseq be read
-from kd_ext.safe_loading import load  # noqa: F401  used by the tests
+from kd_ext.files.safe_loading import load  # noqa: F401  used by the tests
 
 SIZES = ["--encoder-layers", "1", "--decoder-layers", "1", "--encoder-attention-heads", "2"]
 SIZES += ["--decoder-attention-heads", "2", "--encoder-embed-dim", "16", "--decoder-embed-dim", "16"]

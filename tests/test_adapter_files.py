@@ -11,7 +11,7 @@ from tiny_models import SIDES, adapters, batch, build_from, dictionary, logits, 
 
 from kd_ext import adapters as tool
 from kd_ext.errors import ConfigError
-from kd_ext.safe_loading import load as read
+from kd_ext.files.safe_loading import load as read
 
 NORM = {"encoder_normalize_before": True}
 

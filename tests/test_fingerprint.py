@@ -2,7 +2,7 @@
 
 import torch
 
-from kd_ext.fingerprint import model_fingerprint
+from kd_ext.files.fingerprint import model_fingerprint
 
 WEIGHTS = {"encoder.a": torch.arange(6.0).reshape(2, 3), "decoder.b": torch.tensor(1.5), "decoder.c": torch.empty(0)}
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
-from kd_ext import safe_loading, upstream
+from kd_ext import upstream
 from kd_ext.errors import ConfigError
+from kd_ext.files import safe_loading
 from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
 

@@ -16,7 +16,7 @@ from fairseq.file_io import PathManager
 from test_resume import assert_same_run
 
 from kd_ext.errors import ConfigError
-from kd_ext.writing import written_whole
+from kd_ext.files.writing import written_whole
 
 OLD, NEW = b"old" * 1000, b"new!" * 1000
 

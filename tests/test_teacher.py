@@ -18,8 +18,8 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from test_resume import is_trained
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
+from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 from kd_ext.models.layers import is_dead
-from kd_ext.safe_loading import HAS_SAFE_GLOBALS
 from kd_ext.tasks.load_teacher import _read_checkpoint, identify_teacher, load_teacher
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 

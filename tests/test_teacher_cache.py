@@ -19,7 +19,7 @@ from test_damaged_files import flip, swap, truncate
 from test_resume import assert_same_run, is_trained
 
 from kd_ext.errors import ConfigError
-from kd_ext.modules.cache_files import CacheFiles, create, read_manifest
+from kd_ext.files.cache_files import CacheFiles, create, read_manifest
 
 V = 48  # words of the corpus
 LENGTHS = np.array([3, 1, 4, 2])

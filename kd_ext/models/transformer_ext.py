@@ -22,10 +22,10 @@ from kd_ext.models.extension_flags import (
     set_defaults,
 )
 from kd_ext.models.layers import is_dead
+from kd_ext.models.saved_settings import get
 from kd_ext.modules.adapter import AdapterSet, adapter_of
 from kd_ext.modules.factorized_embedding import FactorizedEmbedding
 from kd_ext.modules.liberal_loading import match, summary
-from kd_ext.saved_settings import get
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kd_ext.errors import ConfigError
-from kd_ext.modules.cache_files import FLAG, CacheFiles, Listed, create, read_manifest
+from kd_ext.files.cache_files import FLAG, CacheFiles, Listed, create, read_manifest
+from kd_ext.files.trained_with import of_dictionaries
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.top_probs import TopProbs, top_probs
-from kd_ext.tasks.trained_with import of_dictionaries
 
 logger = logging.getLogger(__name__)
 

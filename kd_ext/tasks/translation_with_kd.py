@@ -11,9 +11,9 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from kd_ext.errors import ConfigError
+from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.tasks import trained_with
 from kd_ext.tasks.cached_teacher import CachedTeacher, TeacherSource
 from kd_ext.tasks.load_teacher import identify_teacher, load_teacher
 
@@ -65,7 +65,7 @@ class TranslationWithKDTask(TranslationTask):
     Nothing of the teacher is needed to validate a student or to translate with it.
 
     Attributes:
-        trained_with: what must not change in mid-training, as :mod:`kd_ext.tasks.trained_with` has it
+        trained_with: what must not change in mid-training, as :mod:`kd_ext.files.trained_with` has it
 
     Raises:
         ConfigError: from ``setup_task`` or ``build_criterion`` where a flag cannot be used

@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
 from kd_ext.errors import ConfigError
-from kd_ext.writing import PART, written_whole
+from kd_ext.files.writing import PART, written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-from kd_ext import safe_loading
+from kd_ext.files import safe_loading
 
 
 class _SafelyLoadingTorch(ModuleType):

@@ -8,8 +8,8 @@ from typing import Optional
 from fairseq import checkpoint_utils
 
 from kd_ext.errors import ConfigError
-from kd_ext.reading import explained
-from kd_ext.safe_loading import load
+from kd_ext.files.reading import explained
+from kd_ext.files.safe_loading import load
 
 EXPECTED = "checkpoint of fairseq"
 

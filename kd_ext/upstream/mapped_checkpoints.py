@@ -7,7 +7,7 @@ from typing import Iterator
 
 import torch
 
-from kd_ext.safe_loading import HAS_SAFE_GLOBALS
+from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 
 
 @contextlib.contextmanager

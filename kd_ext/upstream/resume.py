@@ -6,8 +6,6 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
-from kd_ext.saved_settings import model_settings
-
 
 def apply() -> None:
     """Give a task that asks for it (``restores_state``) its saved state back on resume.
@@ -46,7 +44,7 @@ def apply() -> None:
 
     @functools.wraps(saving)
     def save_checkpoint(self, filename, extra_state):
-        from kd_ext.tasks import trained_with  # not at the top: tasks register themselves after every touch
+        from kd_ext.files import trained_with  # not at the top: models register themselves after every touch
 
         return saving(self, filename, {**extra_state, trained_with.KEY: trained_with.of_task(self.task)})
 
@@ -55,7 +53,8 @@ def apply() -> None:
 
 
 def _check(trainer, filename, state, resumes) -> None:
-    from kd_ext.tasks import trained_with
+    from kd_ext.files import trained_with
+    from kd_ext.models.saved_settings import model_settings
 
     now = trained_with.of_task(trainer.task)
     if now:

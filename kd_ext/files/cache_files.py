@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from kd_ext.errors import ConfigError
-from kd_ext.writing import PART, written_whole
+from kd_ext.files.writing import PART, written_whole
 
 FLAG = "--teacher-cache-dir"
 _MANIFEST = "manifest.json"

@@ -7,7 +7,7 @@ from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationTask
 
 from kd_ext.errors import ConfigError
-from kd_ext.fingerprint import dictionary_fingerprint
+from kd_ext.files.fingerprint import dictionary_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What is on a disk, and what may be believed of it."""
