@@ -59,7 +59,7 @@ def losses(count, batch):
 def select(size, languages):
     """Mean times of a batch's selection by full queues, and of a search of all of their values."""
     pools = [f"language {i}" for i in range(languages)] + ["others"]
-    selector = GlobalLanguageWise(RATE, size, pools, gather=lambda values: values)
+    selector = GlobalLanguageWise(RATE, size, pools)
     queues = {pool: losses(size, 0) for pool in pools[:-1]}
     selector.load_state_dict(queues)
     language = torch.arange(TOKENS, device=DEVICE) % languages

@@ -250,7 +250,7 @@ def test_the_loss_under_automatic_mixed_precision(dtype, is_listed):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_selection(strategy):
     """The same tokens and gates as on the CPU, with updates that are skipped and a resumption among the others."""
-    settings = {"rate": 0.3, "capacity": 100, "pools": ["hi", "ta", "untagged"], "gather": lambda x: x}
+    settings = {"rate": 0.3, "capacity": 100, "pools": ["hi", "ta", "untagged"]}
     on_cpu, on_device = (STRATEGIES[strategy](**settings) for _ in range(2))
     language_tags = partial(LanguageTags, ["<s>", "__src__hi", "__src__ta", "word"], "__src__")
     generator = torch.Generator().manual_seed(0)

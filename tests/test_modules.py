@@ -8,6 +8,7 @@ from torch import nn
 
 from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
 from kd_ext.modules.language_tags import LanguageTags
+from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
 
 
@@ -75,7 +76,7 @@ def test_teacher_is_frozen_and_chooses_rows():
     assert not any(p.requires_grad for m in models for p in m.parameters())
     assert not any(m.training for m in models)
     x, rows = torch.randn(2, 4, 3), torch.rand(2, 4) > 0.4
-    probs = teacher.probs({"net_input": {"x": x}}, rows, temperature=2.0)
+    probs = teacher.probs({"net_input": {"x": x}}, Positions(rows), temperature=2.0)
     expected = sum((m.layer(x) / 2).softmax(-1) for m in models) / 2
     torch.testing.assert_close(probs, expected[rows].detach())
     assert not probs.requires_grad

@@ -20,6 +20,7 @@ from test_resume import is_trained
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 from kd_ext.models.layers import is_dead
+from kd_ext.modules.positions import Positions
 from kd_ext.tasks.load_teacher import _read_checkpoint, identify_teacher, load_teacher
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
@@ -40,7 +41,7 @@ def net_input(task):
 
 def probs(task, path, **settings):
     loaded = load_teacher(str(path), settings.get("overrides", "{}"), None, task)
-    return loaded.probs({"net_input": net_input(task)}, torch.ones(2, 4, dtype=torch.bool))
+    return loaded.probs({"net_input": net_input(task)}, Positions(torch.ones(2, 4, dtype=torch.bool)))
 
 
 def upstream_probs(task, path):

@@ -3,8 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Union
 
 import torch
 from fairseq.criterions import register_criterion
@@ -18,10 +17,12 @@ from fairseq.logging import metrics
 from kd_ext.errors import ConfigError
 from kd_ext.models.output_projection import NoProjectionError, Projection, find_projection
 from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll, of_tokens
-from kd_ext.modules.collectives import all_gather_concat
+from kd_ext.modules.collectives import Workers
 from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
+from kd_ext.modules.fetched import Fetched
 from kd_ext.modules.language_tags import LanguageTags
-from kd_ext.modules.token_selection import STRATEGIES, Selection, TokenSelector
+from kd_ext.modules.positions import Positions, true_first
+from kd_ext.modules.token_selection import STRATEGIES, Tally, TokenSelector
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
 
 logger = logging.getLogger(__name__)
@@ -47,26 +48,64 @@ class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionCo
     )
 
 
-class _Batch(NamedTuple):
+class _Batch:
     """The real tokens of a batch, ``n`` of them: no padding, none of the ignored prefix.
 
-    Attributes:
+    How many there are, and of which language, is fetched from a GPU while it is busy with the models.
+
+    Args:
         sample: what they are of; its ``net_input`` are the arguments of the models' forward
         real: where they are, shape ``(B, T)``, bool
-        target: shape ``(n,)``, int64
-        language: the pool of each one's sentence, shape ``(n,)``, int64
+        language: the pool of each sentence, shape ``(B,)``, int64
+        selector: counts the tokens of each pool
+
+    Attributes:
         is_dummy: the batch is another worker's
     """
 
-    sample: Dict
-    real: torch.Tensor
-    target: torch.Tensor
-    language: torch.Tensor
-    is_dummy: bool
+    def __init__(self, sample: Dict, real: torch.Tensor, language: torch.Tensor, selector: TokenSelector) -> None:
+        self.sample, self.real = sample, real
+        self.is_dummy: bool = sample.get("is_dummy", False)
+        self._language, self._pools = language, len(selector.pools)
+        lengths = real.sum(1)
+        tally = selector.tally(language, torch.zeros_like(lengths) if self.is_dummy else lengths)
+        self._fetched = Fetched(torch.cat([lengths.sum().unsqueeze(0), tally.flatten()]))
+        self.positions = Positions(real, lambda: self.count)
 
-    def positions(self, selection: Selection):
-        """Where the selected tokens are, shape ``(B, T)``, bool."""
-        return torch.zeros_like(self.real).masked_scatter(self.real, selection.mask)
+    @property
+    def count(self) -> int:
+        """n"""
+        return self._fetched.wait()[0]
+
+    @property
+    def tally(self) -> Tally:
+        """The tokens of each worker of each pool, none of a dummy batch."""
+        counts = self._fetched.wait()[1:]
+        return [counts[start : start + self._pools] for start in range(0, len(counts), self._pools)]
+
+    @property
+    def target(self) -> torch.Tensor:
+        """Shape ``(n,)``, int64."""
+        return self.positions.take(self.sample["target"])
+
+    @property
+    def language(self) -> torch.Tensor:
+        """The pool of each token's sentence, shape ``(n,)``, int64."""
+        return self.positions.take(self._language.unsqueeze(1).expand_as(self.real))
+
+
+class _Chosen(NamedTuple):
+    """What was selected among the tokens of a batch.
+
+    Attributes:
+        mask: shape ``(n,)``, bool
+        gates: of each pool, shape ``(pools,)``, float32, nats
+        counts: how many tokens are selected, and how many of each pool
+    """
+
+    mask: torch.Tensor
+    gates: torch.Tensor
+    counts: List[int]
 
 
 class _Terms(NamedTuple):
@@ -77,7 +116,7 @@ class _Terms(NamedTuple):
     cross_entropy: torch.Tensor
     kl: torch.Tensor
     correct: torch.Tensor
-    selection: Selection
+    chosen: Optional[_Chosen]
 
 
 _UNKNOWN = object()
@@ -121,7 +160,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
             rate=kd_rate,
             capacity=kd_queue_size,
             pools=self.languages.pools if self.languages else ["all"],
-            gather=partial(all_gather_concat, group=_data_parallel_group()),
+            workers=Workers(_data_parallel_group()),
         )
         self.golden_weight, self.distilled_weight = self.selector.weights(alpha)
         self.teacher = task.load_teacher(kd_temperature) if self.distilled_weight > 0 else None
@@ -168,30 +207,32 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if self.distilled_weight > 0:
             logging_output["kd_loss"] = terms.cross_entropy.sum()
             logging_output["kd_kl"] = terms.kl.sum()
-            logging_output["kd_selected"] = terms.selection.mask.sum()
-            logging_output["kd_tokens"] = batch.real.sum()
-            logging_output.update(self._selection_sums(terms.selection, batch.language))
+            logging_output["kd_selected"] = terms.chosen.counts[0]
+            logging_output["kd_tokens"] = batch.count
+            logging_output.update(self._selection_sums(terms.chosen, batch))
         if self.report_accuracy:
             logging_output["n_correct"] = terms.correct.sum()
-            logging_output["total"] = batch.real.sum()
+            logging_output["total"] = batch.count
         return terms.loss, sample_size, logging_output
 
     def _plain_terms(self, model, batch: "_Batch") -> "_Terms":
         """The loss as it is defined: all log-probabilities at once."""
         net_output = model(**batch.sample["net_input"])
-        log_probs = model.get_normalized_probs(net_output, log_probs=True)[batch.real].float()  # n x V
-        smoothed, nll = label_smoothed_nll(log_probs, batch.target, self.eps)
-        selection = self._select(nll.detach(), batch)
+        log_probs = batch.positions.take(model.get_normalized_probs(net_output, log_probs=True)).float()  # n x V
+        target = batch.target
+        smoothed, nll = label_smoothed_nll(log_probs, target, self.eps)
+        chosen = self._select(nll.detach(), batch)
         if batch.is_dummy:
             teacher_probs = log_probs.new_empty(0, log_probs.size(1))
         else:
-            teacher_probs = self.teacher.probs(batch.sample, batch.positions(selection), self.temperature)
-        distilled = distillation_term(log_probs[selection.mask], teacher_probs, self.temperature)
+            selected = torch.zeros_like(batch.real).masked_scatter(batch.real, chosen.mask)
+            teacher_probs = self.teacher.probs(batch.sample, Positions(selected), self.temperature)
+        distilled = distillation_term(log_probs[chosen.mask], teacher_probs, self.temperature)
         loss = self.distilled_weight * distilled.cross_entropy.sum()
         if self.golden_weight > 0:
             loss = loss + self.golden_weight * smoothed.sum()
-        correct = log_probs.argmax(1) == batch.target
-        return _Terms(loss, nll.detach(), distilled.cross_entropy.detach(), distilled.kl, correct, selection)
+        correct = log_probs.argmax(1) == target
+        return _Terms(loss, nll.detach(), distilled.cross_entropy.detach(), distilled.kl, correct, chosen)
 
     def _lean_terms(self, model, batch: "_Batch") -> "_Terms":
         """The same from the features, by chunks of tokens."""
@@ -199,74 +240,94 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         # backward pass, are not in memory together.
         is_distilled = self.distilled_weight > 0
         is_asked = is_distilled and not batch.is_dummy  # of another worker's batch nothing is selected
-        teacher = self.teacher.output(batch.sample, batch.real) if is_asked else []
+        teacher = self.teacher.output(batch.sample, batch.positions) if is_asked else []
         features, _ = model(**batch.sample["net_input"], features_only=True)
-        student = self._projection(features[batch.real])  # n x d
+        student, target = self._projection(batch.positions.take(features)), batch.target  # n x d, n
+        chosen, selected, count = None, torch.zeros_like(target, dtype=torch.bool), 0
         if is_distilled:
             # Only gates need to know the losses before the tokens are selected: one matrix product beside the loss's
             # three. With the golden gradient made in that pass, and that of the selected rows in another, it would be
             # 3 + 3 x rate: more, but for rates under a third.
             gated = self.selector.needs_rate
-            nll = chunked_nll(student, batch.target) if gated else batch.target.new_zeros(len(batch.target)).float()
-            selection = self._select(nll, batch)
-            if not selection.mask.all():
-                teacher = of_tokens(teacher, selection.mask)
-        else:
-            selection = Selection(torch.zeros_like(batch.target, dtype=torch.bool), torch.empty(0))
+            nll = chunked_nll(student, target) if gated else torch.zeros_like(target, dtype=torch.float32)
+            chosen = self._select(nll, batch)
+            selected, count = chosen.mask, chosen.counts[0]
+            if is_asked and count < batch.count:
+                teacher = of_tokens(teacher, true_first(selected)[:count])
         weights = Weights(self.golden_weight, self.distilled_weight, self.eps, self.temperature)
-        loss = chunked_loss(student, batch.target, selection.mask, teacher, weights)
-        return _Terms(*loss, selection)
+        loss = chunked_loss(student, target, selected, teacher, weights, count=count)
+        return _Terms(*loss, chosen)
 
     def _batch(self, sample) -> "_Batch":
         real = sample["target"].ne(self.padding_idx)
         real[:, : self.ignore_prefix_size] = False
         if self.languages is None:
-            language = torch.zeros_like(sample["target"][real])
+            language = torch.zeros_like(sample["target"][:, 0])
         else:
-            sentences = self.languages.of_sentences(sample["net_input"]["src_tokens"])  # B
-            language = sentences.unsqueeze(1).expand_as(real)[real]
-        is_dummy = sample.get("is_dummy", False)
-        return _Batch(sample, real, sample["target"][real], language, is_dummy)
+            language = self.languages.of_sentences(sample["net_input"]["src_tokens"])
+        return _Batch(sample, real, language, self.selector)
 
-    def _select(self, nll, batch: "_Batch") -> Selection:
-        if not batch.is_dummy:
-            return self.selector.select(nll, batch.language)
-        # The other workers wait for this one's tokens: it has none.
-        gates = self.selector.select(nll[:0], batch.language[:0]).gates
-        return Selection(torch.zeros_like(nll, dtype=torch.bool), gates)
+    def _select(self, nll, batch: "_Batch") -> _Chosen:
+        pools = len(self.selector.pools)
+        # the other workers wait for the tokens of a dummy batch's: it has none
+        real = slice(0, 0) if batch.is_dummy else slice(None)
+        language = batch.language[real]
+        selection = self.selector.select(nll[real], language, batch.tally)
+        if batch.is_dummy:
+            return _Chosen(torch.zeros_like(nll, dtype=torch.bool), selection.gates, [0] * (1 + pools))
+        if not self.selector.needs_rate:
+            return _Chosen(selection.mask, selection.gates, [batch.count, batch.count])
+        of_pools = torch.zeros(pools, dtype=torch.long, device=nll.device).scatter_add_(
+            0, language, selection.mask.long()
+        )
+        counts = Fetched(torch.cat([of_pools.sum().unsqueeze(0), of_pools])).wait()
+        return _Chosen(selection.mask, selection.gates, counts)
 
-    def _selection_sums(self, selection: Selection, language) -> Dict[str, torch.Tensor]:
+    def _selection_sums(self, chosen: _Chosen, batch: "_Batch") -> Dict[str, Union[int, torch.Tensor]]:
         """Each pool's gate and whether there was one; for languages also their tokens and the selected ones."""
         names = [f"_{pool}" for pool in self.selector.pools] if self.languages else [""]
-        sums = {}
-        for name, gate in zip(names, selection.gates):
-            sums[f"kd_gate{name}"], sums[f"kd_gates{name}"] = gate.nan_to_num(), (~gate.isnan()).long()
+        sums: Dict[str, Union[int, torch.Tensor]] = {}
+        tally = batch.tally
+        for i in range(len(chosen.gates)):
+            has_gate = int(any(counts[i] for counts in tally))
+            sums[f"kd_gates{names[i]}"] = has_gate
+            sums[f"kd_gate{names[i]}"] = chosen.gates[i] if has_gate else 0
         if self.languages:
-            tokens = language.bincount(minlength=len(names))
-            selected = language[selection.mask].bincount(minlength=len(names))
+            own = tally[self.selector.workers.rank]
             for i, name in enumerate(names):
-                sums[f"kd_tokens{name}"], sums[f"kd_selected{name}"] = tokens[i], selected[i]
+                sums[f"kd_tokens{name}"], sums[f"kd_selected{name}"] = own[i], chosen.counts[1 + i]
         return sums
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
         """Log the sums of :meth:`forward`: losses and gates in bits a token, selections as shares."""
         super().reduce_metrics(logging_outputs)
-        keys = {key for log in logging_outputs for key in log if key.startswith("kd_")}
-        sums = {key: float(sum(log.get(key, 0) for log in logging_outputs)) for key in sorted(keys)}
-        if sums.get("kd_selected", 0) > 0:
-            for key in ("kd_loss", "kd_kl"):
-                _log_mean(key, sums[key] / math.log(2), sums["kd_selected"])
-        for key, total in sums.items():
+        keys = sorted({key for log in logging_outputs for key in log if key.startswith("kd_")})
+        sums = {key: sum(log.get(key, 0) for log in logging_outputs) for key in keys}
+        counts = _as_numbers({key: sums[key] for key in keys if key.startswith(_COUNTS)})
+        for key in ("kd_loss", "kd_kl"):
+            if key in sums:
+                _log_mean(key, sums[key] / math.log(2), counts["kd_selected"])
+        for key, total in counts.items():
             if key.startswith("kd_tokens"):
                 share = "kd_selected" + key[len("kd_tokens") :]
-                _log_mean(share, sums[share], total)
+                _log_mean(share, counts[share], total)
             elif key.startswith("kd_gates"):
                 gate = "kd_gate" + key[len("kd_gates") :]
                 _log_mean(gate, sums[gate] / math.log(2), total)
 
 
-def _log_mean(key: str, total: float, count: float) -> None:
+_COUNTS = ("kd_selected", "kd_tokens", "kd_gates")
+
+
+def _as_numbers(counts: Dict) -> Dict[str, float]:
+    """Sums over several workers come as tensors: fetch them together."""
+    tensors = [key for key, count in counts.items() if torch.is_tensor(count)]
+    found = torch.stack([counts[key].double() for key in tensors]).tolist() if tensors else []
+    return {**counts, **dict(zip(tensors, found))}
+
+
+def _log_mean(key: str, total, count: float) -> None:
     if count > 0:
         metrics.log_scalar(key, total / count, count, round=3)
 

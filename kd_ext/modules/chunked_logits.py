@@ -36,7 +36,7 @@ class LinearLogits(NamedTuple):
         return F.linear(self.features, self.weight, self.bias)
 
     def of(self, tokens: Tensor) -> "LinearLogits":
-        """Those of some tokens: a mask, shape ``(n,)``, bool."""
+        """Those of some tokens, shape ``(m,)``, int64."""
         return self._replace(features=self.features[tokens])
 
     def as_autocast(self) -> "LinearLogits":
@@ -57,7 +57,7 @@ class GivenLogits(NamedTuple):
         return self.given
 
     def of(self, tokens: Tensor) -> "GivenLogits":
-        """Those of some tokens: a mask, shape ``(n,)``, bool."""
+        """Those of some tokens, shape ``(m,)``, int64."""
         return GivenLogits(self.given[tokens])
 
     def as_autocast(self) -> "GivenLogits":

@@ -23,15 +23,16 @@ from kd_ext.modules.chunked_logits import (
     chunk_rows,
     spans,
 )
+from kd_ext.modules.positions import true_first
 from kd_ext.modules.top_probs import ListedChunks, TopProbs
 
 # What is known of the teacher at m tokens: the logits of each model, or the words that were found most probable
 TeacherOutput = Union[Sequence[TeacherLogits], TopProbs]
 
 
-def of_tokens(teacher: TeacherOutput, mask: Tensor) -> TeacherOutput:
-    """What is known at the tokens where `mask` is true, shape ``(m,)``, bool."""
-    return teacher.of(mask) if isinstance(teacher, TopProbs) else [logits.of(mask) for logits in teacher]
+def of_tokens(teacher: TeacherOutput, tokens: Tensor) -> TeacherOutput:
+    """What is known at some `tokens`, shape ``(m,)``, int64."""
+    return teacher.of(tokens) if isinstance(teacher, TopProbs) else [logits.of(tokens) for logits in teacher]
 
 
 class Weights(NamedTuple):
@@ -77,6 +78,7 @@ def chunked_loss(
     teacher: TeacherOutput,
     weights: Weights,
     rows: Optional[int] = None,
+    count: Optional[int] = None,
 ) -> ChunkedLoss:
     """Loss, gradient and metrics in one pass over chunks of tokens.
 
@@ -91,15 +93,16 @@ def chunked_loss(
             are listed are at the temperature already
         weights: of the terms
         rows: tokens in a chunk; None: as measured to be fast
+        count: m, where it is known; None: it is counted, for which a GPU has to be waited for
     """
     features, weight, bias = student.as_autocast()
     if not isinstance(teacher, TopProbs):
         teacher = [logits.as_autocast() for logits in teacher]
-    count = int(selected.sum())
+    count = int(selected.sum()) if count is None else count
     is_mixed = 0 < count < target.numel()
     if is_mixed:  # the selected tokens first: the chunks after them need no teacher
-        order = torch.cat([selected.nonzero(), (~selected).nonzero()]).squeeze(1)
-        features, target = features[order], target[order]
+        order = true_first(selected)
+        features, target = features.index_select(0, order), target[order]
     out = _ChunkedLoss.apply(features, weight, bias, target, count, teacher, weights, rows or chunk_rows(weight))
     loss, nll, cross_entropy, kl, correct = out
     if is_mixed:

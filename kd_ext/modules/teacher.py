@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_ext.modules.chunked_logits import GivenLogits, LinearLogits, TeacherLogits
+from kd_ext.modules.compiled_layers import compile_layers
+from kd_ext.modules.positions import Positions
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +50,18 @@ class Teacher:
         logger.info("teacher placed on %s as %s", device, dtype)
         self._placed = True
 
+    def compile_layers(self) -> None:
+        """Compile each model's layers, as :func:`~kd_ext.modules.compiled_layers.compile_layers`."""
+        for model in self.models:
+            compile_layers(model)
+
     @torch.inference_mode()
-    def output(self, sample: Dict[str, Any], rows: Tensor) -> List[TeacherLogits]:
+    def output(self, sample: Dict[str, Any], positions: Positions) -> List[TeacherLogits]:
         """The logits of each model at the chosen target positions.
 
         Args:
             sample: a batch; its ``net_input`` are the arguments of the models' forward
-            rows: the positions, shape ``(B, T)``, bool, with n true
+            positions: n of them, in a batch of shape ``(B, T)``
 
         Returns:
             for each model n tokens, not projected yet where that can be left for later
@@ -62,25 +69,26 @@ class Teacher:
         logits: List[TeacherLogits] = []
         for model, projection in zip(self.models, self._projections):
             if projection is not None:
-                logits.append(projection(model(**sample["net_input"], features_only=True)[0][rows]))
+                features, _ = model(**sample["net_input"], features_only=True)
+                logits.append(projection(positions.take(features)))
             else:
                 log_probs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
-                logits.append(GivenLogits(log_probs[rows]))
+                logits.append(GivenLogits(positions.take(log_probs)))
         return logits
 
-    def probs(self, sample: Dict[str, Any], rows: Tensor, temperature: float = 1.0) -> Tensor:
+    def probs(self, sample: Dict[str, Any], positions: Positions, temperature: float = 1.0) -> Tensor:
         """The probabilities of every word at the chosen target positions, averaged over the ensemble.
 
         Args:
             sample: a batch; its ``net_input`` are the arguments of the models' forward
-            rows: the positions, shape ``(B, T)``, bool, with n true
+            positions: n of them, in a batch of shape ``(B, T)``
             temperature: T of the softmax
 
         Returns:
             shape ``(n, V)``, float32, without gradient
         """
         total = None
-        for logits in self.output(sample, rows):
+        for logits in self.output(sample, positions):
             with torch.inference_mode():
                 scaled = logits.logits().float() / temperature
             # outside of inference mode: what autograd is to keep must be an ordinary tensor

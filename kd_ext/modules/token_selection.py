@@ -7,15 +7,20 @@ largest share ``rate`` of a pool. The strategies differ in the pool; language-wi
 """
 
 import logging
-from typing import Any, Callable, Dict, NamedTuple, Sequence, Tuple, Type
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
 
+from kd_ext.modules.collectives import Workers
 from kd_ext.modules.running_rank import kth_largest
 from kd_ext.modules.token_queue import TokenQueue, selection_size
 
 logger = logging.getLogger(__name__)
+
+
+# of each worker, how many tokens it has of each pool
+Tally = Sequence[Sequence[int]]
 
 
 class Selection(NamedTuple):
@@ -38,7 +43,7 @@ class TokenSelector:
         rate: share of the pool to select, in (0, 1]
         capacity: of each queue, in tokens
         pools: names of the pools; the last one takes the tokens of no known language
-        gather: joins the workers' tensors of shape ``(n,)``, in rank order
+        workers: all that train together
     """
 
     uses_alpha = False
@@ -46,17 +51,32 @@ class TokenSelector:
     needs_queue = False
     by_language = False
 
-    def __init__(self, rate: float, capacity: int, pools: Sequence[str], gather: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, rate: float, capacity: int, pools: Sequence[str], workers: Optional[Workers] = None) -> None:
         self.rate = rate
         self.capacity = capacity
         self.pools = list(pools)
-        self._gather = gather
+        self.workers = workers or Workers()
 
     def weights(self, alpha: float) -> Tuple[float, float]:
         """The weights of the label-smoothed term and of the distillation term."""
         return 1.0, 1.0
 
-    def select(self, nll: Tensor, language: Tensor) -> Selection:
+    def tally(self, language: Tensor, lengths: Tensor) -> Tensor:
+        """How many tokens each of W workers has of each pool.
+
+        Every worker must call it for every batch, with lengths of 0 where it has no tokens. Nothing waits for it.
+
+        Args:
+            language: index into `pools` of each sentence, shape ``(B,)``, int64
+            lengths: its tokens, shape ``(B,)``, int64
+
+        Returns:
+            shape ``(W, pools)``, int64; of this worker alone, W = 1, where the strategy needs no more
+        """
+        own = lengths.new_zeros(len(self.pools)).scatter_add_(0, language, lengths)
+        return self.workers.stack(own) if self.needs_queue else own.unsqueeze(0)
+
+    def select(self, nll: Tensor, language: Tensor, tally: Optional[Tally] = None) -> Selection:
         """Choose the tokens of one training batch, and enter them into the pool.
 
         Under several workers every worker must call it for every batch, with no tokens where it has none.
@@ -64,7 +84,13 @@ class TokenSelector:
         Args:
             nll: negative log-likelihood under the student, shape ``(n,)``, float32, nats, no padding
             language: index into `pools` of each token's sentence, shape ``(n,)``, int64
+            tally: what :meth:`tally` gives; None: it is asked for here, for which a GPU has to be waited for
         """
+        if tally is None:
+            tally = self.tally(language, torch.ones_like(language)).tolist()
+        return self._select(nll, language, tally)
+
+    def _select(self, nll: Tensor, language: Tensor, tally: Tally) -> Selection:
         return Selection(torch.ones_like(nll, dtype=torch.bool), nll.new_empty(0))
 
     def commit(self) -> None:
@@ -130,7 +156,7 @@ class BatchLevel(TokenSelector):
 
     needs_rate = True
 
-    def select(self, nll: Tensor, language: Tensor) -> Selection:
+    def _select(self, nll: Tensor, language: Tensor, tally: Tally) -> Selection:
         if nll.numel() == 0:
             return Selection(nll.bool(), nll.new_full((1,), float("nan")))
         gate = kth_largest(nll, selection_size(self.rate, nll.numel()))
@@ -140,8 +166,8 @@ class BatchLevel(TokenSelector):
 class GlobalLevel(_Queued):
     """The pool is a queue of the newest tokens of all workers."""
 
-    def select(self, nll: Tensor, language: Tensor) -> Selection:
-        self._push("all", self._gather(nll))
+    def _select(self, nll: Tensor, language: Tensor, tally: Tally) -> Selection:
+        self._push("all", self.workers.concat(nll, [sum(counts) for counts in tally]))
         queue = self._queues["all"]
         if len(queue) == 0:
             return Selection(nll.bool(), nll.new_full((1,), float("nan")))
@@ -158,17 +184,26 @@ class GlobalLanguageWise(_Queued):
         super().__init__(*args, **kwargs)
         self._warned = False
 
-    def select(self, nll: Tensor, language: Tensor) -> Selection:
-        all_nll, all_languages = self._gather(nll), self._gather(language)
+    def _select(self, nll: Tensor, language: Tensor, tally: Tally) -> Selection:
         gates = nll.new_full((len(self.pools),), float("nan"))
-        for index in all_languages.unique().tolist():
+        for index, values in enumerate(self._by_language(nll, language, tally)):
+            if values.numel() == 0:
+                continue
             pool = self.pools[index]
-            self._push(pool, all_nll[all_languages == index])
+            self._push(pool, values)
             gates[index] = self._queues[pool].gate(self.rate)
             if index == len(self.pools) - 1 and not self._warned:
                 self._warned = True
                 logger.warning("a sentence without a language tag: such sentences share the queue '%s'", pool)
         return Selection(nll >= gates[language], gates)
+
+    def _by_language(self, nll: Tensor, language: Tensor, tally: Tally) -> List[Tensor]:
+        """The losses of all workers for each pool, by workers in rank order."""
+        # sorted by language, so that the tally tells whose a loss is, and languages need not be sent
+        ordered = nll[torch.sort(language, stable=True).indices]
+        everywhere = self.workers.concat(ordered, [sum(counts) for counts in tally])
+        parts = everywhere.split([n for counts in tally for n in counts])
+        return [torch.cat(parts[index :: len(self.pools)]) for index in range(len(self.pools))]
 
 
 # the values of --kd-strategy

@@ -27,9 +27,9 @@ class TopProbs(NamedTuple):
         """The probabilities on a device in a dtype, the words on the device."""
         return TopProbs(self.words.to(device), self.probs.to(device, dtype), self.vocabulary)
 
-    def of(self, mask: Tensor) -> "TopProbs":
-        """Those of the tokens where `mask` is true, shape ``(n,)``, bool."""
-        return TopProbs(self.words[mask], self.probs[mask], self.vocabulary)
+    def of(self, tokens: Tensor) -> "TopProbs":
+        """Those of some tokens, shape ``(m,)``, int64."""
+        return TopProbs(self.words[tokens], self.probs[tokens], self.vocabulary)
 
     def share(self) -> Tensor:
         """The probability of each word that is not listed, shape ``(n,)``."""

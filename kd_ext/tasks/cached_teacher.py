@@ -13,6 +13,7 @@ from torch import Tensor
 from kd_ext.errors import ConfigError
 from kd_ext.files.cache_files import FLAG, CacheFiles, Listed, create, read_manifest
 from kd_ext.files.trained_with import of_dictionaries
+from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.top_probs import TopProbs, top_probs
 
@@ -78,6 +79,7 @@ class CachedTeacher:
         self.identity: str = source.identify() if source.path else self._recorded_identity()
         self._teacher: Optional[Teacher] = None
         self._place: Optional[Tuple[torch.device, torch.dtype]] = None
+        self._compiles = False
         self._opened: Optional[CacheFiles] = None
 
     def prepare(self, dataset: Any, max_positions: Any = None, shard: str = "") -> None:
@@ -133,15 +135,21 @@ class CachedTeacher:
         """Where the teacher is moved if it has to be asked."""
         self._place = device, dtype
 
-    def output(self, sample: Dict[str, Any], rows: Tensor) -> TopProbs:
+    def compile_layers(self) -> None:
+        """Compile the teacher's layers if it has to be asked."""
+        self._compiles = True
+        if self._teacher is not None:
+            self._teacher.compile_layers()
+
+    def output(self, sample: Dict[str, Any], positions: Positions) -> TopProbs:
         """What is known of the chosen target positions.
 
         Args:
             sample: a batch of the training set: its ``id``, ``net_input`` and ``target``
-            rows: the positions, shape ``(B, T)``, bool, with n true
+            positions: n of them, in a batch of shape ``(B, T)``
 
         Returns:
-            of n tokens, on the device of `rows`
+            of n tokens, on the device of the positions
 
         Raises:
             ConfigError: what is there of a sentence is not what was written, or was written for another text
@@ -152,13 +160,14 @@ class CachedTeacher:
         if not listed.sound.all():
             self._refuse_damage(sentences.ids[there & ~listed.sound])
             listed = self._ask(sample, sentences, ~listed.sound)
+        rows = positions.mask
         chosen = rows[sentences.real].cpu()
         words, probs = torch.from_numpy(listed.words)[chosen], torch.from_numpy(listed.probs)[chosen]
         return TopProbs(words.to(rows.device), probs.to(rows.device), self._vocabulary)
 
-    def probs(self, sample: Dict[str, Any], rows: Tensor, temperature: float) -> Tensor:
+    def probs(self, sample: Dict[str, Any], positions: Positions, temperature: float) -> Tensor:
         """The probability of every word at the chosen positions, shape ``(n, V)``, float32, as :meth:`output`."""
-        return self.output(sample, rows).dense()
+        return self.output(sample, positions).dense()
 
     def mend(self, sample: Dict[str, Any]) -> None:
         """Ask for what is not there of a batch, or is damaged."""
@@ -209,6 +218,8 @@ class CachedTeacher:
             if not self._source.path:
                 raise ConfigError(f"{reason}; {_NAME_TEACHER}")
             self._teacher = self._source.load()
+            if self._compiles:
+                self._teacher.compile_layers()
 
     def _refuse_damage(self, damaged: np.ndarray) -> None:
         if len(damaged) > 0:
@@ -223,7 +234,7 @@ class CachedTeacher:
         assert self._top_k is not None
         if self._place is not None:
             self._teacher.place(*self._place)
-        found = top_probs(self._teacher.output(sample, sentences.real), self._top_k, self._temperature)
+        found = top_probs(self._teacher.output(sample, Positions(sentences.real)), self._top_k, self._temperature)
         tokens = np.repeat(missing, sentences.lengths)
         words, probs = (x.cpu().numpy()[tokens] for x in (found.words, found.probs.float()))
         if not np.isfinite(probs).all():
