@@ -95,8 +95,10 @@ def _fill(args: argparse.Namespace, index: int, done: Any) -> Iterator[int]:
         torch.set_num_threads(max(1, torch.get_num_threads() // args.processes))
     task = TranslationWithKDTask.setup_task(cfg.task)
     cache = task.open_cache(cfg.criterion.kd_temperature, mends=True)
-    dtype = torch.half if use_cuda and cfg.common.fp16 else torch.float32
-    cache.place(torch.device("cuda" if use_cuda else "cpu"), dtype)
+    dtype = torch.half if use_cuda and cfg.common.fp16 else torch.bfloat16 if cfg.common.bf16 else torch.float32
+    cache.place(torch.device("cuda" if use_cuda else "cpu"), task.teacher_dtype(dtype))
+    if getattr(cfg.common, "torch_compile", False):
+        cache.compile_layers()
     total = 0
     for epoch in range(1, 1 + len(utils.split_paths(cfg.task.data))):  # fairseq reads one part of the data an epoch
         batches = _batches(task, cfg, epoch, index, args.processes)

@@ -164,6 +164,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         )
         self.golden_weight, self.distilled_weight = self.selector.weights(alpha)
         self.teacher = task.load_teacher(kd_temperature) if self.distilled_weight > 0 else None
+        self._teacher_dtype = task.teacher_dtype
         task.selector = self.selector
         self._projection = _UNKNOWN  # the student's, None where it has none: it is found in the first batch
         logger.info(
@@ -192,7 +193,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if self.distilled_weight > 0:
             if self.teacher is None:
                 raise RuntimeError("a model that was loaded to be used cannot be trained: its teacher was not loaded")
-            self.teacher.place(sample["target"].device, next(model.parameters()).dtype)
+            dtype = self._teacher_dtype(next(model.parameters()).dtype)
+            self.teacher.place(sample["target"].device, dtype)
         batch = self._batch(sample)
         terms = self._plain_terms(model, batch) if self._projection is None else self._lean_terms(model, batch)
 

@@ -1,6 +1,7 @@
 """Logits that are computed a chunk of tokens at a time, into memory that is used again."""
 
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+import functools
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -83,6 +84,22 @@ def spans(start: int, stop: int, size: int) -> Iterator[Tuple[int, int]]:
 def chunk_rows(weight: Tensor) -> int:
     """How many tokens are projected at once by `weight`, shape ``(V, d)``."""
     return max(1, CHUNK_ELEMENTS // weight.size(0)) if weight.is_cuda else CHUNK_ROWS
+
+
+def row_kernel_for(like: Tensor) -> Any:
+    """The module :mod:`~kd_ext.modules.row_kernel`, if it can be used on tensors of this device and dtype, or None."""
+    if like.device.type != "cuda" or like.dtype != torch.float32:
+        return None
+    return _row_kernel()
+
+
+@functools.lru_cache(maxsize=None)
+def _row_kernel() -> Any:
+    try:
+        from kd_ext.modules import row_kernel
+    except ImportError:  # Triton is not everywhere where there is a GPU
+        return None
+    return row_kernel
 
 
 def blocks(chunk: Tensor) -> Iterator[slice]:
@@ -226,6 +243,15 @@ class TeacherChunks:
             for block in blocks(self._chunk):
                 self._softmax(self._chunk[block], out=self._chunk[block])
         return self._chunk
+
+    @property
+    def fits_row_kernel(self) -> bool:
+        """Whether the kernel of a row takes what :meth:`of_rows` gives."""
+        return len(self._sources) <= 1
+
+    def of_rows(self, start: int, stop: int) -> Dict[str, Any]:
+        """The chunk that was loaded, for that kernel."""
+        return {"teacher": self._chunk}
 
     def block(self, rows: slice, scratch: Tensor) -> TeacherBlock:
         """Some rows of the chunk, once each: its memory is used.

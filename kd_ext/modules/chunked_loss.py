@@ -21,6 +21,7 @@ from kd_ext.modules.chunked_logits import (
     TeacherLogits,
     blocks,
     chunk_rows,
+    row_kernel_for,
     spans,
 )
 from kd_ext.modules.positions import true_first
@@ -126,14 +127,22 @@ def chunked_nll(student: LinearLogits, target: Tensor, rows: Optional[int] = Non
     with torch.autocast(target.device.type, enabled=False):
         source = LogitChunks(student)
         nll = target.new_empty(target.size(0), dtype=source.product.dtype)
+        kernel = row_kernel_for(nll)
+        top, at_target, total = nll.new_empty(3, target.size(0)) if kernel else (nll, nll, nll)
         for start, stop in spans(0, target.size(0), rows or chunk_rows(student.weight)):
             logits = source.rows(start, stop)
+            if kernel:
+                of_rows = [x[start:stop] for x in (top, at_target, total)]
+                kernel.run(logits, target[start:stop], of_rows + of_rows)
+                continue
             for block in blocks(logits):
                 at = slice(start + block.start, start + block.stop)
                 z = logits[block]
                 z.sub_(z.amax(1, keepdim=True))
-                at_target = z.gather(1, target[at].unsqueeze(1)).squeeze(1)
-                nll[at] = z.exp_().sum(1).log_() - at_target
+                of_target = z.gather(1, target[at].unsqueeze(1)).squeeze(1)
+                nll[at] = z.exp_().sum(1).log_() - of_target
+        if kernel:
+            nll = total.log_() - (at_target - top)
     return nll
 
 
@@ -204,6 +213,9 @@ class _ForwardPass:
             for x, needed in zip(student, needs_gradient)
         ]
         self._scratch: Optional[Tensor] = None
+        # a teacher that is several needs all of its probabilities, and a list that is long is no list
+        fits = self._teacher.fits_row_kernel
+        self._kernel: Any = row_kernel_for(vectors) if fits else None
         # The label-smoothed target: every word has probability `floor`, and the right one `peak` more.
         self._floor = weights.epsilon / (student.weight.size(0) - 1)
         self._peak = 1 - weights.epsilon - self._floor
@@ -217,17 +229,64 @@ class _ForwardPass:
     def chunk(self, start: int, stop: int, is_distilled: bool) -> None:
         """Gradients of the tokens from `start` to `stop`, and what their metrics are made of."""
         logits = self._student.rows(start, stop)
-        self._at_target[start:stop] = logits.gather(1, self._target[start:stop].unsqueeze(1)).squeeze(1)
         if is_distilled:
             self._teacher.load(start, stop)
+        if self._kernel:
+            gradient = self._run_kernel(logits, start, stop, is_distilled)
+        else:
+            gradient = self._in_blocks(logits, start, stop, is_distilled)
+        if gradient is not None:
+            self._multiply_back(gradient, start, stop)
+
+    @property
+    def _needs_gradient(self) -> bool:
+        return any(x is not None for x in self.gradients)
+
+    def _run_kernel(self, logits: Tensor, start: int, stop: int, is_distilled: bool) -> Optional[Tensor]:
+        """The gradient of the logits, shape ``(rows, V)``, in the operands' dtype; None if nobody needs it."""
+        weights, gradient = self._weights, None
+        if self._needs_gradient:
+            gradient = logits
+            if self._product.operand != logits.dtype:
+                if self._scratch is None or self._scratch.size(0) < logits.size(0):
+                    self._scratch = torch.empty_like(logits, dtype=self._product.operand)
+                gradient = self._scratch[: logits.size(0)]
+        of_rows = (self._top, self._at_target, self._total, self._total_at_t, self._inner, self._entropy)
+        known = self._teacher.of_rows(start, stop) if is_distilled else {}
+        self._kernel.run(
+            logits,
+            self._target[start:stop],
+            [x[start:stop] for x in of_rows],
+            gradient,
+            golden=weights.golden,
+            factor=weights.distilled * weights.temperature if is_distilled else 0.0,
+            peak=self._peak,
+            temperature=weights.temperature,
+            scale=self._scale,
+            **known,
+        )
+        if is_distilled and isinstance(self._teacher, ListedChunks):
+            self._entropy[start:stop] = self._teacher.entropy(start, stop)
+        return gradient
+
+    def _in_blocks(self, logits: Tensor, start: int, stop: int, is_distilled: bool) -> Optional[Tensor]:
+        """The same by torch's operations, in the memory of the logits."""
+        self._at_target[start:stop] = logits.gather(1, self._target[start:stop].unsqueeze(1)).squeeze(1)
         for block in blocks(logits):
             at = slice(start + block.start, start + block.stop)
             if is_distilled:
                 self._distilled_block(logits[block], at, block)
             else:
                 self._golden_block(logits[block], at)
-        if any(x is not None for x in self.gradients):
-            self._multiply_back(logits, start, stop)
+        if not self._needs_gradient:
+            return None
+        if self._weights.golden > 0:
+            target = self._target[start:stop].unsqueeze(1)
+            peak = logits.new_full(target.shape, -self._weights.golden * self._peak)
+            logits.scatter_add_(1, target, peak)
+        if self._scale != 1:
+            logits.mul_(self._scale)
+        return logits.to(self._product.operand)
 
     def _golden_block(self, z: Tensor, at: slice) -> None:
         """Turn logits ``(rows, V)`` of tokens `at` into the gradient of the label-smoothed term, less its target."""
@@ -257,19 +316,12 @@ class _ForwardPass:
     def _multiply_back(self, gradient: Tensor, start: int, stop: int) -> None:
         """From the gradient of a chunk's logits, shape ``(rows, V)``, to those of features, weight and bias."""
         of_features, of_weight, of_bias = self.gradients
-        if self._weights.golden > 0:
-            target = self._target[start:stop].unsqueeze(1)
-            peak = gradient.new_full(target.shape, -self._weights.golden * self._peak)
-            gradient.scatter_add_(1, target, peak)
         if of_bias is not None:
-            of_bias.add_(gradient.sum(0))
-        if self._scale != 1:
-            gradient.mul_(self._scale)
-        operand = gradient.to(self._product.operand)
+            of_bias.add_(gradient.sum(0, dtype=of_bias.dtype), alpha=1 / self._scale)
         if of_features is not None:
-            self._product.into(of_features[start:stop], operand, self._student.weight)
+            self._product.into(of_features[start:stop], gradient, self._student.weight)
         if of_weight is not None:
-            self._product.add(of_weight, operand.t(), self._student.features[start:stop], 1 / self._scale)
+            self._product.add(of_weight, gradient.t(), self._student.features[start:stop], 1 / self._scale)
 
     def finish(self, count: int) -> ChunkedLoss:
         """The loss and its metrics from what the chunks left; the first `count` tokens are distilled.

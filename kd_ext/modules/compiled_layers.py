@@ -1,14 +1,21 @@
 """The layers of a model, compiled by torch in place."""
 
+from typing import Any, Callable
+
+import torch
 from torch import nn
+
+# torch keeps as many versions of a layer: with and without padding, in training and in evaluation, of the model and of
+# its teachers
+VERSIONS = 64
 
 
 def compile_layers(model: nn.Module) -> int:
     """Compile each layer of an encoder-decoder, for sequences of any length.
 
     The layers stay what they are: parameters, their names and what is saved do not change. What is around them
-    (embeddings, the loop over layers, the loss) runs as before. torch compiles at the first call, and once more where
-    a later one differs in kind: in evaluation, in decoding step by step.
+    (embeddings, the loop over layers, the loss) runs as before, and so does decoding step by step, where each layer
+    would be compiled by itself and for each kind of step. torch compiles when a layer is first called.
 
     Args:
         model: with layers in ``encoder.layers`` and ``decoder.layers``
@@ -16,8 +23,34 @@ def compile_layers(model: nn.Module) -> int:
     Returns:
         how many there are
     """
+    import torch._dynamo  # not at the top: it takes seconds
+
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(VERSIONS, getattr(torch._dynamo.config, limit)))
     sides = (getattr(model, side, None) for side in ("encoder", "decoder"))
     layers = [layer for side in sides for layer in getattr(side, "layers", [])]
     for layer in layers:
-        layer.compile(dynamic=True)
+        # where torch's own Module.compile puts it, and does not copy or save it
+        layer._compiled_call_impl = _unless_incremental(layer)
     return len(layers)
+
+
+def _unless_incremental(layer: Any) -> Callable[..., Any]:
+    compiled = torch.compile(layer._call_impl, dynamic=True)
+
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        # of a decoder's layer the third after x
+        state = args[2] if len(args) > 2 else kwargs.get("incremental_state")
+        if state is not None:
+            return layer._call_impl(x, *args, **kwargs)
+        return compiled(x.contiguous(), *args, **kwargs)  # else a first layer, of a transposed x, is one more version
+
+    return call
+
+
+def seconds_spent() -> float:
+    """How long torch has compiled so far in this process."""
+    from torch._dynamo.utils import compilation_time_metrics
+
+    whole = [sum(times) for name, times in compilation_time_metrics.items() if name.endswith("compile_inner")]
+    return sum(whole)

@@ -1,11 +1,14 @@
 """A teacher's distributions by their most probable words alone: what is kept of it where all words are too many."""
 
-from typing import NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from kd_ext.modules.chunked_logits import LinearLogits, TeacherChunks, TeacherLogits, chunk_rows, spans
+
+# of a row, for the kernel
+LONGEST_LIST = 1024
 
 
 class TopProbs(NamedTuple):
@@ -112,6 +115,19 @@ class ListedChunks:
     def load(self, start: int, stop: int) -> None:
         """The next blocks are of the tokens from `start` on."""
         self._start = start
+
+    @property
+    def fits_row_kernel(self) -> bool:
+        """Whether the kernel of a row takes what :meth:`of_rows` gives: it holds all words of a row at once."""
+        return self._words.size(1) <= LONGEST_LIST
+
+    def of_rows(self, start: int, stop: int) -> Dict[str, Any]:
+        """The words of some tokens, for that kernel."""
+        return {"listed": (self._words[start:stop], self._excess[start:stop])}
+
+    def entropy(self, start: int, stop: int) -> Tensor:
+        """Of some tokens' distributions, shape ``(stop - start,)``, nats."""
+        return self._entropy[start:stop]
 
     def block(self, rows: slice, scratch: Tensor) -> ListedBlock:
         """Some rows of the chunk, the scratch as it was given."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Union
 
+import torch
 from fairseq import utils
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
@@ -20,6 +21,7 @@ from kd_ext.tasks.load_teacher import identify_teacher, load_teacher
 logger = logging.getLogger(__name__)
 
 CRITERION = "label_smoothed_cross_entropy_with_kd"
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass
@@ -39,6 +41,10 @@ class TranslationWithKDConfig(TranslationConfig):
     teacher_user_dir: Optional[str] = field(
         default=None,
         metadata={"help": "a second user module, in which the teacher's architecture is registered"},
+    )
+    teacher_dtype: Optional[str] = field(
+        default=None,
+        metadata={"help": "precision of the teacher: float32, float16 or bfloat16; default: the student's"},
     )
     kd_language_tag: str = field(
         default="__src__",
@@ -90,6 +96,8 @@ class TranslationWithKDTask(TranslationTask):
             raise ConfigError(
                 f"--teacher-cache-top-k {cfg.teacher_cache_top_k}: there is no cache; name a --teacher-cache-dir"
             )
+        if cfg.teacher_dtype not in (None, *DTYPES):
+            raise ConfigError(f"--teacher-dtype {cfg.teacher_dtype}: unknown; one of {', '.join(DTYPES)}")
         return super().setup_task(cfg, **kwargs)
 
     def build_model(self, cfg, from_checkpoint=False):
@@ -122,6 +130,10 @@ class TranslationWithKDTask(TranslationTask):
         folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
         self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self, mends=mends)
         return self._cached_teacher
+
+    def teacher_dtype(self, of_student: torch.dtype) -> torch.dtype:
+        """In which the teacher runs."""
+        return getattr(torch, self.cfg.teacher_dtype) if self.cfg.teacher_dtype else of_student
 
     def _load_teacher(self) -> Teacher:
         return load_teacher(

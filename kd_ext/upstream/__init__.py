@@ -10,6 +10,7 @@ TOUCHES = (
     "adapter_activation",
     "adaptive_softmax",
     "atomic_saving",
+    "bf16",
     "checkpoints",
     "damaged_checkpoints",
     "fast_path",
@@ -17,6 +18,7 @@ TOUCHES = (
     "patience",
     "resume",
     "sanity_validation",
+    "torch_compile",
     "runs_that_ended",  # after the pass before the first update
 )
 

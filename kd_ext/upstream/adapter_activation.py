@@ -7,7 +7,7 @@ from fairseq.dataclass.configs import CommonEvalConfig
 from fairseq.models import FairseqEncoderDecoderModel
 
 from kd_ext.errors import ConfigError
-from kd_ext.overrides import parse_overrides
+from kd_ext.upstream.added_flags import fold_into_overrides
 
 
 def apply() -> None:
@@ -66,10 +66,8 @@ def _fold_options() -> None:
 
 def _fold(args) -> None:
     asked = {key: getattr(args, key) for key in _settings()[0] if getattr(args, key, None) is not None}
-    if not asked:
-        return
-    settings = parse_overrides("--model-overrides", getattr(args, "model_overrides", "{}"))
-    args.model_overrides = str({**settings, **asked})
+    if asked:
+        fold_into_overrides(args, asked)
 
 
 def _prepare_loaded_models() -> None:

@@ -1,7 +1,6 @@
 """``--run-sanity-validation-steps``: validate once before the first update."""
 
 import contextlib
-import copy
 import functools
 import logging
 
@@ -10,6 +9,7 @@ from fairseq.dataclass.configs import OptimizationConfig
 from fairseq.logging import progress_bar
 
 from kd_ext.modules.random_state import random_state_kept
+from kd_ext.upstream.added_flags import add_switch
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ def apply() -> None:
     """
     if OPTION in OptimizationConfig.__dataclass_fields__:
         return
-    _add_option()
+    text = "one full pass over each validation subset before the first update; changes nothing else"
+    add_switch(OptimizationConfig, OPTION, text)
     original = checkpoint_utils.load_checkpoint
 
     @functools.wraps(original)
@@ -39,18 +40,6 @@ def apply() -> None:
         return extra_state, epoch_itr
 
     checkpoint_utils.load_checkpoint = load_checkpoint
-
-
-def _add_option() -> None:
-    """Add a field to the dataclass itself: a subclass would not do where an instance of it is the default."""
-    option = copy.copy(OptimizationConfig.__dataclass_fields__["sentence_avg"])  # also a bool, off
-    option.name = OPTION
-    option.metadata = {
-        "help": "one full pass over each validation subset before the first update; changes nothing else"
-    }
-    OptimizationConfig.__dataclass_fields__[OPTION] = option
-    OptimizationConfig.__annotations__[OPTION] = bool
-    setattr(OptimizationConfig, OPTION, option.default)
 
 
 def _validate(trainer, epoch_itr) -> None:
