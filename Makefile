@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo demo-short test matrix lint bench clean
+.PHONY: demo demo-short test matrix lint bench gpu-wheels rehearse clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo/run.py
@@ -32,6 +32,18 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/adapter_tuning.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/report.py
+
+# what a machine with a GPU, torch and Python 3.12, but no network, lacks: for benchmarks/on_gpu.sh
+GPU_PYTHON ?= python3.12
+gpu-wheels:
+	bash benchmarks/gpu_wheels.sh $(GPU_PYTHON)
+
+# what runs on a GPU, in small on this machine's CPU: from wheels, in a new environment, without a network where that
+# can be had
+rehearse: .venv/ready
+	bash benchmarks/gpu_wheels.sh $(BIN)/python .nox/whl
+	WHEELS=.nox/whl PYTHON=$(BIN)/python OUT=benchmarks/results/rehearsed \
+	    $$(unshare -rn true 2>/dev/null && echo unshare -rn) bash benchmarks/on_gpu.sh --rehearse
 
 # pip >= 24.1 refuses omegaconf 2.0.6, which fairseq needs
 .venv/ready: pyproject.toml

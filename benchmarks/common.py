@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 import torch
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+RESULTS = Path(os.environ.get("KD_EXT_RESULTS", HERE / "results"))
 THREADS = 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISIONS = ["float32", "float16", "bfloat16"] if DEVICE == "cuda" else ["float32"]
@@ -29,7 +29,7 @@ def measure(script: str, *arguments: object) -> Dict[str, Any]:
 
 def save(name: str, rows: List[Dict[str, Any]], **settings: Any) -> None:
     """Write ``results/NAME.json``: what was measured, and where."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     machine = {"device": device, "torch": torch.__version__, "threads": THREADS, "load": os.getloadavg()[0]}
     text = json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1)

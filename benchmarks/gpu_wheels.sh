@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Fills .whl/ with what a machine that has torch, numpy and pytest, but no network, lacks to run this project.
-#   bash benchmarks/gpu_wheels.sh [PYTHON]      PYTHON is of that machine's version: python3.12
+# Fills a folder, .whl/, with what a machine that has torch, numpy and pytest, but no network, lacks to run this project.
+#   bash benchmarks/gpu_wheels.sh [PYTHON] [FOLDER]     PYTHON is of that machine's version
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3.12}
+folder=${2:-.whl}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -18,6 +19,6 @@ $pip wheel --quiet --no-deps --wheel-dir "$work/whl" \
     bitarray sacremoses cffi pycparser portalocker colorama tabulate sacrebleu liger-kernel
 $pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$work/whl" .
 
-rm -rf .whl
-mv "$work/whl" .whl
-du -sh .whl
+rm -rf "$folder"
+mv "$work/whl" "$folder"
+du -sh "$folder"

@@ -29,8 +29,8 @@ def products(x, weight, target, teacher_x, teacher_weight, between=lambda z, q: 
     size = chunk_rows(weight)
     z, q = weight.new_empty(2, size, weight.size(0))
     with torch.no_grad():
-        for i in range(0, TOKENS, size):
-            rows = slice(i, min(i + size, TOKENS))
+        for i in range(0, len(x), size):
+            rows = slice(i, min(i + size, len(x)))
             of_teacher, of_student = q[: rows.stop - i], z[: rows.stop - i]
             torch.mm(teacher_x[rows], teacher_weight.t(), out=of_teacher)
             torch.mm(student[rows], weight.t(), out=of_student)

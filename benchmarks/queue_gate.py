@@ -4,29 +4,35 @@
 """
 
 import itertools
+import os
 import statistics
 import time
 
 import torch
-from common import DEVICE, PRECISIONS, THREADS, save, wait_for_device
+from common import DEVICE, THREADS, save, wait_for_device
 from models import build, dictionary
 
 from kd_ext.models.output_projection import find_projection
 from kd_ext.modules.chunked_loss import Weights, chunked_loss
 from kd_ext.modules.token_selection import GlobalLanguageWise
 
-TOKENS, LENGTH, VOCABULARY, RATE = 2048, 32, 32_000, 0.5
-SIZES = [10_000, 100_000, 1_000_000, 4_000_000]
+LENGTH, VOCABULARY, RATE = 32, 32_000, 0.5
+# tokens in a batch, width and depth of the student
+TOKENS, WIDTH, LAYERS = (8192, 512, 6) if DEVICE == "cuda" else (2048, 256, 3)
+SIZES = [100_000, 1_000_000] if DEVICE == "cuda" else [10_000, 100_000, 1_000_000, 4_000_000]
+PRECISIONS = ["bfloat16"] if DEVICE == "cuda" else ["float32"]
 LANGUAGES = [1, 11]
 BATCHES = 100
+if os.environ.get("KD_EXT_REHEARSE"):
+    TOKENS, WIDTH, LAYERS, SIZES, BATCHES = 64, 64, 1, [1000], 5
 
 
 def make_step(precision):
-    """A training step of a student 256 wide, without teacher and optimizer: the least that a step can be."""
+    """A training step of a student, without teacher and optimizer: the least that a step can be."""
     settings = {"share_decoder_input_output_embed": True}
     for side in ("encoder", "decoder"):
-        settings.update({f"{side}_embed_dim": 256, f"{side}_ffn_embed_dim": 1024, f"{side}_layers": 3})
-        settings[f"{side}_attention_heads"] = 4
+        settings.update({f"{side}_embed_dim": WIDTH, f"{side}_ffn_embed_dim": 4 * WIDTH, f"{side}_layers": LAYERS})
+        settings[f"{side}_attention_heads"] = WIDTH // 64
     model = build("transformer", dictionary(VOCABULARY), **settings).train().to(DEVICE, getattr(torch, precision))
     project = find_projection(model)
     tokens = torch.randint(4, VOCABULARY, (TOKENS // LENGTH, LENGTH), device=DEVICE)

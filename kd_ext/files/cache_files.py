@@ -124,9 +124,14 @@ class CacheFiles:
         self.folder = folder
         self._lengths = lengths
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._manifest = manifest
         layout = _layout(lengths, manifest["top_k"], manifest["vocabulary"])
         mode = "r+" if writable else "r"
         self._arrays = _Arrays(*(_open(folder, name, *layout[name], mode) for name in _Arrays._fields))
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        """A process that is given them opens them: the arrays would be copied. It only reads."""
+        return CacheFiles, (self.folder, self._manifest, self._lengths, False)
 
     def there(self, ids: np.ndarray) -> np.ndarray:
         """Of each sentence, shape ``(B,)``, whether something is kept of it, bool."""

@@ -27,6 +27,10 @@ class Positions:
         self._count = count
         self._indices: Optional[Tensor] = None
 
+    def count(self) -> int:
+        """n"""
+        return self._count() if self._count is not None else int(self.mask.sum())
+
     def take(self, values: Tensor) -> Tensor:
         """From shape ``(B, T, ...)`` to ``(n, ...)``, in the order of rows.
 

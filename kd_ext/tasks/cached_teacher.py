@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "kd_ext teacher cache 1"
 DEFAULT_TOP_K = 32
+# in a batch, of all its target tokens that are not padding, in the order of rows
+_WORDS, _PROBS = "teacher_words", "teacher_probs"
 _NAME_TEACHER = "name the teacher that fills it by --teacher-checkpoint-path"
 
 
@@ -55,6 +57,7 @@ class CachedTeacher:
 
     Attributes:
         identity: what tells the teacher from others
+        mends: as it was given
 
     Raises:
         ConfigError: K is not from 1 to V, or there are no files and no teacher to fill them
@@ -73,7 +76,7 @@ class CachedTeacher:
         if top_k is not None and not 0 < top_k <= len(words):
             raise ConfigError(f"--teacher-cache-top-k {top_k}: out of range; a number from 1 to {len(words)}")
         self._folder, self._top_k, self._source = folder, top_k, source
-        self._mends = mends
+        self.mends = mends
         self._temperature, self._vocabulary, self._pad = temperature, len(words), words.pad()
         self._dictionaries = of_dictionaries(student_task.source_dictionary, words)
         self.identity: str = source.identify() if source.path else self._recorded_identity()
@@ -110,7 +113,7 @@ class CachedTeacher:
         self._opened = CacheFiles(folder, found, lengths, writable=False)
         there = self._opened.there(asked_for)
         missing = len(there) - np.count_nonzero(there)
-        if missing or self._mends:
+        if missing or self.mends:
             self._opened = CacheFiles(folder, found, lengths, writable=True)
         logger.info(
             *("%s %s: the %d most probable words of %d sentences, of which %d are there",),
@@ -127,7 +130,8 @@ class CachedTeacher:
         return self._opened is not None
 
     @property
-    def _files(self) -> CacheFiles:
+    def files(self) -> CacheFiles:
+        """Those of the training set that :meth:`prepare` was called for last."""
         assert self._opened is not None
         return self._opened
 
@@ -154,9 +158,11 @@ class CachedTeacher:
         Raises:
             ConfigError: what is there of a sentence is not what was written, or was written for another text
         """
+        if _WORDS in sample:
+            return self._brought(sample, positions)
         sentences = _Sentences.of(sample, self._pad)
-        there = self._files.there(sentences.ids)  # first: another process may write them in between
-        listed = self._files.read(*sentences.key)
+        there = self.files.there(sentences.ids)  # first: another process may write them in between
+        listed = self.files.read(*sentences.key)
         if not listed.sound.all():
             self._refuse_damage(sentences.ids[there & ~listed.sound])
             listed = self._ask(sample, sentences, ~listed.sound)
@@ -165,6 +171,13 @@ class CachedTeacher:
         words, probs = torch.from_numpy(listed.words)[chosen], torch.from_numpy(listed.probs)[chosen]
         return TopProbs(words.to(rows.device), probs.to(rows.device), self._vocabulary)
 
+    def _brought(self, sample: Dict[str, Any], positions: Positions) -> TopProbs:
+        words, probs = sample[_WORDS].long(), sample[_PROBS].view(torch.float32)
+        if positions.count() != len(words):  # of a prefix nothing is asked
+            chosen = positions.mask[sample["target"].ne(self._pad)]
+            words, probs = words[chosen], probs[chosen]
+        return TopProbs(words, probs, self._vocabulary)
+
     def probs(self, sample: Dict[str, Any], positions: Positions, temperature: float) -> Tensor:
         """The probability of every word at the chosen positions, shape ``(n, V)``, float32, as :meth:`output`."""
         return self.output(sample, positions).dense()
@@ -172,9 +185,9 @@ class CachedTeacher:
     def mend(self, sample: Dict[str, Any]) -> None:
         """Ask for what is not there of a batch, or is damaged."""
         sentences = _Sentences.of(sample, self._pad)
-        sound = self._files.read(*sentences.key).sound
+        sound = self.files.read(*sentences.key).sound
         if not sound.all():
-            self._load_for(f"{FLAG} {self._files.folder}: sentence {sentences.ids[~sound][0]} has to be mended")
+            self._load_for(f"{FLAG} {self.files.folder}: sentence {sentences.ids[~sound][0]} has to be mended")
             self._ask(sample, sentences, ~sound)
 
     def _manifest(self, source_lengths: np.ndarray, target_lengths: np.ndarray) -> Dict[str, Any]:
@@ -224,7 +237,7 @@ class CachedTeacher:
     def _refuse_damage(self, damaged: np.ndarray) -> None:
         if len(damaged) > 0:
             raise ConfigError(
-                f"{FLAG} {self._files.folder}: sentence {damaged[0]} is damaged, or is of another text; "
+                f"{FLAG} {self.files.folder}: sentence {damaged[0]} is damaged, or is of another text; "
                 "python -m kd_ext.teacher_cache with the same flags mends it"
             )
 
@@ -239,12 +252,41 @@ class CachedTeacher:
         words, probs = (x.cpu().numpy()[tokens] for x in (found.words, found.probs.float()))
         if not np.isfinite(probs).all():
             raise ConfigError(
-                f"{FLAG} {self._files.folder}: probabilities of the teacher are not numbers, for sentences "
+                f"{FLAG} {self.files.folder}: probabilities of the teacher are not numbers, for sentences "
                 f"{sentences.ids.tolist()[:3]} ...; if it runs in half precision, fill the cache in float32"
             )
         texts = [text for text, is_missing in zip(sentences.texts, missing) if is_missing]
-        self._files.write(sentences.ids[missing], sentences.lengths[missing], texts, words, probs)
-        return self._files.read(*sentences.key)
+        self.files.write(sentences.ids[missing], sentences.lengths[missing], texts, words, probs)
+        return self.files.read(*sentences.key)
+
+
+class BringsOutput:
+    """Makes batches, as a data loader asks for, that bring along what is in the files of them.
+
+    It is read and copied where batches are made, before they are needed. A batch of which anything is missing is left
+    as it is.
+
+    Args:
+        collate: makes a batch from sentences
+        pad: the padding symbol's id
+
+    Attributes:
+        files: of the training set; None: not opened yet
+    """
+
+    def __init__(self, collate: Callable[[Any], Dict[str, Any]], pad: int) -> None:
+        self.files: Optional[CacheFiles] = None
+        self._collate, self._pad = collate, pad
+
+    def __call__(self, sentences: Any) -> Dict[str, Any]:
+        sample = self._collate(sentences)
+        if sample and self.files is not None:
+            listed = self.files.read(*_Sentences.of(sample, self._pad).key)
+            if listed.sound.all():
+                sample[_WORDS] = torch.from_numpy(listed.words).int()
+                # as whole numbers: a trainer makes half precision of all that is not
+                sample[_PROBS] = torch.from_numpy(listed.probs).view(torch.int32)
+        return sample
 
 
 class _Sentences(NamedTuple):

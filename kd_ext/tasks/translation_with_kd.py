@@ -15,7 +15,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.tasks.cached_teacher import CachedTeacher, TeacherSource
+from kd_ext.tasks.cached_teacher import BringsOutput, CachedTeacher, TeacherSource
 from kd_ext.tasks.load_teacher import identify_teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -144,15 +144,27 @@ class TranslationWithKDTask(TranslationTask):
         )
 
     def get_batch_iterator(self, dataset, max_tokens=None, max_sentences=None, max_positions=None, **kwargs):
-        if self._cached_teacher is not None and dataset is self.datasets.get(self.cfg.train_subset):
-            shards = len(utils.split_paths(self.cfg.data))
-            shard = "" if shards == 1 else str((kwargs.get("epoch", 1) - 1) % shards)
-            prepare = partial(self._cached_teacher.prepare, dataset, max_positions, shard)
-            if self._cached_teacher.is_prepared:
-                self._prepare_cache = prepare  # when they are used: after the last epoch fairseq asks for more data
-            else:
-                prepare()
-        return super().get_batch_iterator(dataset, max_tokens, max_sentences, max_positions, **kwargs)
+        get_batches = partial(super().get_batch_iterator, dataset, max_tokens, max_sentences, max_positions, **kwargs)
+        if self._cached_teacher is None or dataset is not self.datasets.get(self.cfg.train_subset):
+            return get_batches()
+        shards = len(utils.split_paths(self.cfg.data))
+        shard = "" if shards == 1 else str((kwargs.get("epoch", 1) - 1) % shards)
+        prepare = partial(self._cached_teacher.prepare, dataset, max_positions, shard)
+        is_first = not self._cached_teacher.is_prepared
+        if is_first:
+            prepare()  # before there are batches: a flag may be wrong
+        batches = get_batches()
+        if not isinstance(batches.collate_fn, BringsOutput):  # fairseq keeps it from one epoch to the next
+            batches.collate_fn = BringsOutput(batches.collate_fn, self.target_dictionary.pad())
+        # Files of other data are opened when they are used: after the last epoch fairseq asks for more data.
+        self._prepare_cache = partial(self._open_for, batches.collate_fn, None if is_first else prepare)
+        return batches
+
+    def _open_for(self, collate: BringsOutput, prepare: Optional[Callable[[], None]]) -> None:
+        if prepare is not None:
+            prepare()
+        if not self._cached_teacher.mends:  # that reads by itself
+            collate.files = self._cached_teacher.files
 
     def begin_epoch(self, epoch, model):
         super().begin_epoch(epoch, model)

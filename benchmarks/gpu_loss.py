@@ -1,0 +1,171 @@
+"""(a) on a GPU: the loss alone against its matrix products, plain formulations, torch.compile and Liger-Kernel.
+
+``python benchmarks/gpu_loss.py [--rehearse]`` measures by CUDA events, medians of ten, every variant of a size on the
+same tensors in turn. Liger's losses are those nearest to this one: its cross-entropy with label smoothing, and its
+distillation at beta = 0 (Kullback-Leibler from teacher to student) with the hard loss, both fused with the projection.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+
+import torch
+from common import DEVICE, save
+from loss import (
+    ALPHA,
+    EPSILON,
+    VARIANTS,
+    lean_cross_entropy,
+    lean_distillation,
+    plain_cross_entropy,
+    plain_distillation,
+    products,
+)
+
+from kd_ext.modules import chunked_logits
+from kd_ext.modules.chunked_logits import LinearLogits
+from kd_ext.modules.chunked_loss import Weights, chunked_loss
+from kd_ext.modules.top_probs import TopProbs
+
+STUDENT, TEACHER, TOP_K, ROUNDS = 512, 1024, 32, 10
+# words, tokens
+SIZES = [(32_000, 8192), (8_000, 8192), (128_000, 8192), (256_000, 8192), (32_000, 1024), (32_000, 16_384)]
+REHEARSED = [(500, 64)]
+
+
+def liger_cross_entropy():
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(label_smoothing=EPSILON, reduction="sum")
+    return lambda x, weight, target, *_: loss(weight, x, target).backward()
+
+
+def liger_distillation():
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA, beta=0.0)
+    return lambda x, weight, target, teacher_x, teacher_weight: loss(
+        x, weight, teacher_x, teacher_weight, target
+    ).backward()
+
+
+def from_a_list():
+    listed = {}
+
+    def run(x, weight, target, *_):
+        n = len(x)
+        if n not in listed:
+            words = torch.randint(weight.size(0), (n, TOP_K), device=DEVICE)
+            listed[n] = TopProbs(words, torch.rand(n, TOP_K, device=DEVICE).softmax(1) * 0.9, weight.size(0))
+        weights = Weights(1 - ALPHA, ALPHA, EPSILON, 1.0)
+        every = torch.ones_like(target, dtype=torch.bool)
+        chunked_loss(LinearLogits(x, weight), target, every, listed[n], weights, count=n).loss.backward()
+
+    return run
+
+
+def with_chunks_of(elements):
+    def run(*tensors):
+        usual = chunked_logits.CHUNK_ELEMENTS
+        chunked_logits.CHUNK_ELEMENTS = elements
+        try:
+            lean_distillation(*tensors)
+        finally:
+            chunked_logits.CHUNK_ELEMENTS = usual
+
+    return lambda: run
+
+
+def without_the_kernel():
+    from kd_ext.modules import chunked_loss as module
+
+    def run(*tensors):
+        usual = module.row_kernel_for
+        module.row_kernel_for = lambda like: None
+        try:
+            lean_distillation(*tensors)
+        finally:
+            module.row_kernel_for = usual
+
+    return run
+
+
+# each makes a function of student features and weight, targets, teacher features and weight
+MAKE = {
+    "products": lambda: products,
+    "products and two softmaxes": lambda: VARIANTS["products and two softmaxes"],
+    "lean distillation": lambda: lean_distillation,
+    "lean distillation, torch's operations": without_the_kernel,
+    "lean distillation, listed words": from_a_list,
+    "lean cross-entropy": lambda: lean_cross_entropy,
+    "Liger distillation": liger_distillation,
+    "Liger cross-entropy": liger_cross_entropy,
+    "plain distillation": lambda: plain_distillation,
+    "plain distillation, torch.compile": lambda: torch.compile(plain_distillation, dynamic=False),
+    "plain cross-entropy": lambda: plain_cross_entropy,
+    **{f"lean distillation, chunks of 2^{k} elements": with_chunks_of(2**k) for k in (24, 26, 27, 28)},
+}
+# of the first size alone
+ONCE = ["plain distillation, torch.compile", *(name for name in MAKE if "chunks of" in name)]
+
+
+def measure(function, tensors):
+    """Median milliseconds, and the peak of memory beyond the tensors in 10^9 bytes."""
+    x, weight = tensors[:2]
+
+    def run():
+        x.grad = weight.grad = None
+        function(*tensors)
+
+    for _ in range(3):
+        run()
+    x.grad = weight.grad = None
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start), 0.0
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, taken = torch.cuda.memory_allocated(), []
+    for _ in range(ROUNDS):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        taken.append(first.elapsed_time(last))
+    return statistics.median(taken), (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rehearse", action="store_true", help="a small size, on a CPU too")
+    sizes = REHEARSED if parser.parse_args().rehearse else SIZES
+    rows = []
+    functions = {name: None for name in MAKE}
+    for vocabulary, tokens in sizes:
+        torch.manual_seed(0)
+        like = {"device": DEVICE, "dtype": torch.bfloat16}
+        x = torch.randn(tokens, STUDENT, **like).requires_grad_()
+        weight = torch.empty(vocabulary, STUDENT, **like).normal_(std=STUDENT**-0.5).requires_grad_()
+        teacher_x = torch.randn(tokens, TEACHER, **like)
+        teacher_weight = torch.empty(vocabulary, TEACHER, **like).normal_(std=TEACHER**-0.5)
+        target = torch.randint(vocabulary, (tokens,), device=DEVICE)
+        for name, make in MAKE.items():
+            if name in ONCE and (vocabulary, tokens) != sizes[0]:
+                continue
+            row = {"precision": "bfloat16", "vocabulary": vocabulary, "tokens": tokens, "variant": name}
+            try:
+                functions[name] = functions[name] or make()
+                row["ms"], row["peak_gb"] = measure(functions[name], (x, weight, target, teacher_x, teacher_weight))
+            except Exception as error:  # what is not installed, or does not fit
+                row["skipped"] = f"{type(error).__name__}: {error}"[:300]
+            rows.append(row)
+            print(row, flush=True)
+            save("gpu_loss", rows, student=STUDENT, teacher=TEACHER, rounds=ROUNDS)
+
+
+if __name__ == "__main__":
+    main()

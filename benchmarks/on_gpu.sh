@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Everything that is to be tested and measured on a GPU, in an order of worth: 8 minutes on a machine without a network.
+#
+#   make gpu-wheels                                 where there is a network, with the GPU's machine's Python
+#   OUT=results bash benchmarks/on_gpu.sh           on that machine: its python3 has torch, numpy, pytest and pytest-xdist
+#   OUT=results bash benchmarks/on_gpu.sh --rehearse    the same in small, on a CPU
+#
+# STEPS names some of: environment tests loss steps queue profile decoding adapters. PYTHON is the interpreter, WHEELS
+# the folder of the wheels.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
+PYTHON=${PYTHON:-python3}
+STEPS=${STEPS:-environment tests loss steps queue profile}
+REHEARSE=${1:-}
+workers=8
+if [ "$REHEARSE" = --rehearse ]; then
+    workers=2
+    export KD_EXT_REHEARSE=1
+fi
+mkdir -p "$OUT"
+export KD_EXT_RESULTS="$OUT" PYTHONUNBUFFERED=1
+
+# An environment of its own on top of the interpreter's: the start-up line works from site-packages alone.
+env=$(mktemp -d)/env
+"$PYTHON" -m venv --without-pip "$env" || exit 1
+base=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo "import site; site.addsitedir('$base')" > "$site/base.pth"
+wheels=${WHEELS:-.whl}
+"$env/bin/python" "$wheels"/pip-24.0-py3-none-any.whl/pip --disable-pip-version-check install --quiet --no-index \
+    --no-deps --no-compile --ignore-installed "$wheels"/*.whl || exit 1
+python="$env/bin/python"
+
+# what is printed last is what was reached; a step that fails or runs out of time does not end the others
+step() {
+    local name=$1 limit=$2 status
+    shift 2
+    case " $STEPS " in *" $name "*) ;; *) return ;; esac
+    local start=$SECONDS
+    timeout -k 5 "$limit" "$@" > "$OUT/$name.txt" 2>&1
+    status=$?
+    echo "$name: exit status $status after $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
+    tail -n 3 "$OUT/$name.txt"
+}
+
+step environment 40 "$python" -m kd_ext.doctor
+step tests 170 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider --durations=5 tests/test_gpu.py tests/test_row_kernel.py
+step loss 110 "$python" benchmarks/gpu_loss.py $REHEARSE
+step steps 270 "$python" benchmarks/gpu_steps.py $REHEARSE
+step queue 60 "$python" benchmarks/queue_gate.py
+step profile 60 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/profile.txt"
+step decoding 60 "$python" benchmarks/decoding.py
+step adapters 60 "$python" benchmarks/adapter_tuning.py
+cat "$OUT/summary.txt"
