@@ -13,7 +13,7 @@ OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
 PYTHON=${PYTHON:-python3}
 STEPS=${STEPS:-environment tests loss steps queue profile}
 REHEARSE=${1:-}
-workers=8
+workers=12
 if [ "$REHEARSE" = --rehearse ]; then
     workers=2
     export KD_EXT_REHEARSE=1
@@ -38,18 +38,17 @@ step() {
     shift 2
     case " $STEPS " in *" $name "*) ;; *) return ;; esac
     local start=$SECONDS
-    timeout -k 5 "$limit" "$@" > "$OUT/$name.txt" 2>&1
+    echo "== $name" >> "$OUT/log.txt"
+    timeout -k 5 "$limit" "$@" >> "$OUT/log.txt" 2>&1
     status=$?
     echo "$name: exit status $status after $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
-    tail -n 3 "$OUT/$name.txt"
 }
 
-step environment 40 "$python" -m kd_ext.doctor
-step tests 170 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider --durations=5 tests/test_gpu.py tests/test_row_kernel.py
-step loss 110 "$python" benchmarks/gpu_loss.py $REHEARSE
-step steps 270 "$python" benchmarks/gpu_steps.py $REHEARSE
+step environment 30 "$python" -m kd_ext.doctor
+step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider --durations=5 tests/test_gpu.py
+step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE
+step steps 240 "$python" benchmarks/gpu_steps.py $REHEARSE
 step queue 60 "$python" benchmarks/queue_gate.py
-step profile 60 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/profile.txt"
+step profile 60 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
 step decoding 60 "$python" benchmarks/decoding.py
 step adapters 60 "$python" benchmarks/adapter_tuning.py
-cat "$OUT/summary.txt"
