@@ -24,6 +24,7 @@ from loss import (
 )
 
 from kd_ext.modules import chunked_logits
+from kd_ext.modules import chunked_loss as chunked_loss_module
 from kd_ext.modules.chunked_logits import LinearLogits
 from kd_ext.modules.chunked_loss import Weights, chunked_loss
 from kd_ext.modules.top_probs import TopProbs
@@ -65,35 +66,60 @@ def from_a_list():
     return run
 
 
-def with_chunks_of(elements):
+def with_setting(module, name, value):
+    """The loss with another value of a constant."""
+
     def run(*tensors):
-        usual = chunked_logits.CHUNK_ELEMENTS
-        chunked_logits.CHUNK_ELEMENTS = elements
+        usual = getattr(module, name)
+        setattr(module, name, value)
         try:
             lean_distillation(*tensors)
         finally:
-            chunked_logits.CHUNK_ELEMENTS = usual
+            setattr(module, name, usual)
 
-    return lambda: run
+    return run
+
+
+def with_chunks_of(rows):
+    return lambda: with_setting(chunked_logits, "ACCELERATOR_ROWS", rows)
+
+
+def with_warps(warps):
+    def make():
+        from kd_ext.modules import row_kernel
+
+        return with_setting(row_kernel, "WARPS", warps)
+
+    return make
 
 
 def without_the_kernel():
-    from kd_ext.modules import chunked_loss as module
+    return with_setting(chunked_loss_module, "row_kernel_for", lambda like: None)
 
-    def run(*tensors):
-        usual = module.row_kernel_for
-        module.row_kernel_for = lambda like: None
-        try:
-            lean_distillation(*tensors)
-        finally:
-            module.row_kernel_for = usual
 
-    return run
+def products_into_float32(x, weight, target, teacher_x, teacher_weight):
+    """The same products, with results in float32, as a loss in float32 has to have the logits."""
+    student, size = x.detach(), chunked_logits.chunk_rows(weight)
+    product = chunked_logits.Product(student)
+    z, q = torch.empty(2, size, weight.size(0), device=DEVICE)
+    gradient = torch.zeros(size, weight.size(0), **{"device": DEVICE, "dtype": product.operand})
+    of_weight, of_x = torch.zeros(weight.shape, device=DEVICE), torch.empty(x.shape, device=DEVICE)
+    student, teacher_x, weight, teacher_weight = (
+        tensor.detach().to(product.operand) for tensor in (student, teacher_x, weight, teacher_weight)
+    )
+    for i in range(0, len(x), size):
+        rows = slice(i, min(i + size, len(x)))
+        n = rows.stop - i
+        product.into(q[:n], teacher_x[rows], teacher_weight.t())
+        product.into(z[:n], student[rows], weight.t())
+        product.into(of_x[rows], gradient[:n], weight)
+        product.add(of_weight, gradient[:n].t(), student[rows], 1.0)
 
 
 # each makes a function of student features and weight, targets, teacher features and weight
 MAKE = {
     "products": lambda: products,
+    "products into float32": lambda: products_into_float32,
     "products and two softmaxes": lambda: VARIANTS["products and two softmaxes"],
     "lean distillation": lambda: lean_distillation,
     "lean distillation, torch's operations": without_the_kernel,
@@ -104,10 +130,11 @@ MAKE = {
     "plain distillation": lambda: plain_distillation,
     "plain distillation, torch.compile": lambda: torch.compile(plain_distillation, dynamic=False),
     "plain cross-entropy": lambda: plain_cross_entropy,
-    **{f"lean distillation, chunks of 2^{k} elements": with_chunks_of(2**k) for k in (24, 26, 27, 28)},
+    **{f"lean distillation, chunks of {k} tokens": with_chunks_of(k) for k in (512, 2048, 4096)},
+    **{f"lean distillation, {k} warps": with_warps(k) for k in (8, 16)},
 }
 # of the first size alone
-ONCE = ["plain distillation, torch.compile", *(name for name in MAKE if "chunks of" in name)]
+ONCE = ["plain distillation, torch.compile", *(x for x in MAKE if "chunks of" in x or "warps" in x)]
 
 
 def measure(function, tensors):
@@ -142,7 +169,9 @@ def measure(function, tensors):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="a small size, on a CPU too")
-    sizes = REHEARSED if parser.parse_args().rehearse else SIZES
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many: %(default)s")
+    options = parser.parse_args()
+    sizes = REHEARSED if options.rehearse else SIZES[: options.sizes]
     rows = []
     functions = {name: None for name in MAKE}
     for vocabulary, tokens in sizes:

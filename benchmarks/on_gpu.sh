@@ -11,6 +11,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
 PYTHON=${PYTHON:-python3}
+# limits in seconds, and what is chosen of the tests and of the variants of a run
+TESTS=${TESTS:-}
 STEPS=${STEPS:-environment tests loss steps queue profile}
 REHEARSE=${1:-}
 workers=12
@@ -19,7 +21,7 @@ if [ "$REHEARSE" = --rehearse ]; then
     export KD_EXT_REHEARSE=1
 fi
 mkdir -p "$OUT"
-export KD_EXT_RESULTS="$OUT" PYTHONUNBUFFERED=1
+export KD_EXT_RESULTS="$OUT" KD_EXT_FAILURES="$OUT/failures.txt" PYTHONUNBUFFERED=1
 
 # An environment of its own on top of the interpreter's: the start-up line works from site-packages alone.
 env=$(mktemp -d)/env
@@ -45,7 +47,7 @@ step() {
 }
 
 step environment 30 "$python" -m kd_ext.doctor
-step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider --durations=5 tests/test_gpu.py
+step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider -W ignore --tb=short $TESTS --durations=5 tests/test_gpu.py
 step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE
 step steps 240 "$python" benchmarks/gpu_steps.py $REHEARSE
 step queue 60 "$python" benchmarks/queue_gate.py

@@ -96,3 +96,11 @@ def student(distil, tmp_path_factory):
     result = distil(save_dir, "--max-update", "20", strategy="global_language_wise")
     assert result.returncode == 0, result.output
     return save_dir / "checkpoint_last.pt"
+
+
+def pytest_runtest_logreport(report):
+    """Say at once what failed, to a file: a run that is cut off says nothing at its end."""
+    path = os.environ.get("KD_EXT_FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a") as file:
+            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext[-1500:]}\n\n")

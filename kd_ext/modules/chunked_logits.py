@@ -11,8 +11,9 @@ _TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 # Tokens in a chunk on a CPU: with fewer, reading the projection costs more than multiplying by it; with more, the
 # products are no faster (measured at 32k words: 64 rows take 1.8 times as long as 256, 512 as long as 256).
 CHUNK_ROWS = 256
-# Words times tokens in a chunk on an accelerator
-CHUNK_ELEMENTS = 2**25
+# Tokens in a chunk on an accelerator, and words times tokens where words are few: products are slow with fewer, and
+# memory grows with them.
+ACCELERATOR_ROWS, ACCELERATOR_ELEMENTS = 1024, 2**24
 # What one thread of a CPU works on at a time, so that after the first operation the rest find it in its cache. With
 # two idle cores and 32k words, 2**16 to 2**18 are alike, and a whole chunk at once takes 5 % longer. The threads meet
 # after every block, which costs far more where other processes keep the cores busy: hence the largest of the three.
@@ -83,7 +84,9 @@ def spans(start: int, stop: int, size: int) -> Iterator[Tuple[int, int]]:
 
 def chunk_rows(weight: Tensor) -> int:
     """How many tokens are projected at once by `weight`, shape ``(V, d)``."""
-    return max(1, CHUNK_ELEMENTS // weight.size(0)) if weight.is_cuda else CHUNK_ROWS
+    if weight.is_cuda:
+        return max(ACCELERATOR_ROWS, ACCELERATOR_ELEMENTS // weight.size(0))
+    return CHUNK_ROWS
 
 
 def row_kernel_for(like: Tensor) -> Any:

@@ -243,14 +243,13 @@ class _ForwardPass:
         return any(x is not None for x in self.gradients)
 
     def _run_kernel(self, logits: Tensor, start: int, stop: int, is_distilled: bool) -> Optional[Tensor]:
-        """The gradient of the logits, shape ``(rows, V)``, in the operands' dtype; None if nobody needs it."""
+        """The gradient of the logits, shape ``(rows, V)``, in the operands' dtype; None if nobody needs it.
+
+        It is made in the memory of the logits.
+        """
         weights, gradient = self._weights, None
-        if self._needs_gradient:
-            gradient = logits
-            if self._product.operand != logits.dtype:
-                if self._scratch is None or self._scratch.size(0) < logits.size(0):
-                    self._scratch = torch.empty_like(logits, dtype=self._product.operand)
-                gradient = self._scratch[: logits.size(0)]
+        if self._needs_gradient:  # in the memory of the logits, of half precision in the first half of each row
+            gradient = logits.view(self._product.operand)[:, : logits.size(1)]
         of_rows = (self._top, self._at_target, self._total, self._total_at_t, self._inner, self._entropy)
         known = self._teacher.of_rows(start, stop) if is_distilled else {}
         self._kernel.run(
