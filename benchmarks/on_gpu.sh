@@ -48,7 +48,7 @@ step() {
 
 step environment 30 "$python" -m kd_ext.doctor
 step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider -W ignore --tb=short $TESTS --durations=5 tests/test_gpu.py
-step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE
+step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE ${SIZES:+--sizes $SIZES}
 step steps 240 "$python" benchmarks/gpu_steps.py $REHEARSE
 step queue 60 "$python" benchmarks/queue_gate.py
 step profile 60 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
