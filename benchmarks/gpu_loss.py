@@ -170,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="a small size, on a CPU too")
     parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many: %(default)s")
+    parser.add_argument("--only", nargs="*", help="variants whose names contain one of these")
     options = parser.parse_args()
     sizes = REHEARSED if options.rehearse else SIZES[: options.sizes]
     rows = []
@@ -184,6 +185,8 @@ def main() -> None:
         target = torch.randint(vocabulary, (tokens,), device=DEVICE)
         for name, make in MAKE.items():
             if name in ONCE and (vocabulary, tokens) != sizes[0]:
+                continue
+            if options.only and not any(part in name for part in options.only):
                 continue
             row = {"precision": "bfloat16", "vocabulary": vocabulary, "tokens": tokens, "variant": name}
             try:

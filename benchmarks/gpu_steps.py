@@ -1,27 +1,34 @@
 """(b) on a GPU: whole training runs by fairseq-train: words per second, peak memory, and what waits for the device.
 
-``python benchmarks/gpu_steps.py [--rehearse]`` runs each variant as a process of its own, on random sentences of 8 to
-60 words; ``--profile`` writes what a step of word-level distillation does. Each variant's speed is the median over
-the intervals of its log but for the first two, in which torch compiles.
+``python benchmarks/gpu_steps.py [--rehearse]`` runs the variants one after the other in one process, on random
+sentences of 8 to 60 words; ``--profile FILE`` writes what a step of word-level distillation does. Each variant's speed
+is the median over the intervals of its log but for the first two, in which torch compiles.
 """
 
 import argparse
 import contextlib
-import json
+import gc
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Dict, NamedTuple
 
 import torch
-from common import DEVICE, HERE, measure, peak_gb, save
+from common import DEVICE, HERE, peak_gb, save
+from fairseq.logging import metrics, progress_bar
+from fairseq.trainer import Trainer
+from fairseq_cli import preprocess, train
+
+import kd_ext.criterions.label_smoothed_cross_entropy_with_kd as criterion
+from kd_ext import teacher_cache
+from kd_ext.modules.teacher import Teacher
+from kd_ext.tasks import load_teacher
 
 DISTIL = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"]
 UPSTREAM = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy"]
-HALF = {"cuda": "--bf16", "cpu": "--bf16"}[DEVICE]
+HALF = "--bf16"
 CPU = [] if DEVICE == "cuda" else ["--cpu"]
 
 
@@ -37,7 +44,7 @@ class Size(NamedTuple):
     interval: int
 
 
-FULL = Size((512, 6), (1024, 6), 32_000, 16_000, 8192, 160, 20)
+FULL = Size((512, 6), (1024, 6), 32_000, 12_000, 8192, 140, 20)
 REHEARSED = Size((64, 1), (64, 2), 200, 300, 1000, 8, 2)
 
 
@@ -61,10 +68,14 @@ def make_data(folder: Path, size: Size) -> None:
                 words = torch.randint(size.vocabulary - 4, (length,), generator=generator).tolist()
                 lines.append(" ".join(f"w{i}" for i in words) + "\n")
             (folder / f"{split}.{side}").write_text("".join(lines))
-    command = [str(Path(sys.executable).parent / "fairseq-preprocess"), "-s", "xx", "-t", "yy", "--destdir", folder]
-    command += ["--trainpref", folder / "train", "--validpref", folder / "valid", "--srcdict", folder / "dict.txt"]
-    command += ["--tgtdict", folder / "dict.txt", "--workers", 4]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = ["-s", "xx", "-t", "yy", "--destdir", folder, "--trainpref", folder / "train", "--validpref"]
+    flags += [folder / "valid", "--srcdict", folder / "dict.txt", "--tgtdict", folder / "dict.txt"]
+    run_command(preprocess.cli_main, "fairseq-preprocess", flags)
+
+
+def run_command(function, name, flags) -> None:
+    sys.argv = [name, *map(str, flags)]
+    function()
 
 
 def training(folder: Path, model, size: Size, updates: int):
@@ -75,21 +86,11 @@ def training(folder: Path, model, size: Size, updates: int):
     return flags
 
 
-def one(variant: str, *flags: str) -> None:
-    from fairseq.logging import progress_bar
-    from fairseq.trainer import Trainer
-    from fairseq_cli import train
-
-    from kd_ext.criterions import label_smoothed_cross_entropy_with_kd as criterion
-    from kd_ext.modules.teacher import Teacher
-    from kd_ext.tasks import load_teacher
-
-    if variant.startswith("plain"):  # as for a model whose output layer cannot be taken apart
-        criterion._find_projection = load_teacher._find_projection = lambda model: None
-    if "own stream" in variant:
-        _move_teacher_to_a_stream(Teacher)
+def measured(variant: str, flags) -> Dict[str, Any]:
+    """Train, and note speed, memory and waits."""
     rates, waits = [], []
-    log, step = progress_bar.SimpleProgressBar.log, Trainer.train_step
+    log, step, output = progress_bar.SimpleProgressBar.log, Trainer.train_step, Teacher.output
+    found = criterion._find_projection, load_teacher._find_projection
     last = int(flags[flags.index("--max-update") + 1])
 
     def note(self, stats, tag=None, step=None):
@@ -100,19 +101,31 @@ def one(variant: str, *flags: str) -> None:
     def count_waits(self, *args, **kwargs):
         if self.get_num_updates() != last - 3 or DEVICE == "cpu":
             return step(self, *args, **kwargs)
-        with warnings.catch_warnings(record=True) as found, _profiled(variant):
+        with warnings.catch_warnings(record=True) as warned, _profiled(variant):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             out = step(self, *args, **kwargs)
             torch.cuda.set_sync_debug_mode("default")
-        waits.extend(f"{Path(w.filename).name}:{w.lineno}" for w in found if "synchroniz" in str(w.message))
+        waits.extend(f"{Path(w.filename).name}:{w.lineno}" for w in warned if "synchroniz" in str(w.message))
         return out
 
     progress_bar.SimpleProgressBar.log, Trainer.train_step = note, count_waits
-    sys.argv = ["fairseq-train", *flags]
-    train.cli_main()
+    if variant.startswith("plain"):  # as for a model whose output layer cannot be taken apart
+        criterion._find_projection = load_teacher._find_projection = lambda model: None
+    if "own stream" in variant:
+        _move_teacher_to_a_stream(Teacher)
+    metrics.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        run_command(train.cli_main, "fairseq-train", flags)
+    finally:
+        progress_bar.SimpleProgressBar.log, Trainer.train_step, Teacher.output = log, step, output
+        criterion._find_projection, load_teacher._find_projection = found
     speed = statistics.median(rates[2:] or rates[-1:] or [0])
-    print(json.dumps({"words_per_second": speed, "peak_gb": peak_gb(), "waits": waits}))
+    return {"words_per_second": speed, "peak_gb": peak_gb(), "waits": waits, "rates": rates}
 
 
 def _move_teacher_to_a_stream(teacher) -> None:
@@ -154,28 +167,25 @@ def main() -> None:
         make_data(folder, size)
         teacher = folder / "teacher" / "checkpoint_last.pt"
         save_teacher = ["--save-dir", folder / "teacher", "--no-save-optimizer-state", *UPSTREAM]
-        measure("gpu_steps.py", "teacher", *training(folder, size.teacher, size, 1), *save_teacher, "--lr", "1e-9")
+        run_command(train.cli_main, "fairseq-train", [*training(folder, size.teacher, size, 1), *save_teacher, HALF])
         distil = [*DISTIL, "--teacher-checkpoint-path", teacher]
         cache = [*DISTIL, "--teacher-cache-dir", folder / "cache"]
-        fill = [sys.executable, "-m", "kd_ext.teacher_cache", folder, "--max-tokens", size.max_tokens, HALF, *CPU]
-        fill += [*cache[4:], "--teacher-checkpoint-path", teacher]
-        subprocess.run(list(map(str, fill)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         word, compiled = [*distil, "--kd-strategy", "word_seq_level"], ["--torch-compile"]
         queue = ["--kd-rate", 0.5, "--kd-queue-size", 1_000_000]
         variants = {
-            "upstream, bf16": [*UPSTREAM, HALF],
             "upstream, fp16": [*UPSTREAM, "--fp16"],
-            "upstream, fp32": UPSTREAM,
-            "upstream, amp": [*UPSTREAM, "--amp"],
+            "upstream, bf16": [*UPSTREAM, HALF],
             "word-level, bf16": [*word, HALF],
-            "word-level, bf16, torch.compile": [*word, HALF, *compiled],
             "full cache, bf16": [*cache, HALF],
+            "word-level, bf16, torch.compile": [*word, HALF, *compiled],
             "full cache, bf16, torch.compile": [*cache, HALF, *compiled],
             "global-level, bf16": [*distil, "--kd-strategy", "global_level", *queue, HALF],
             "upstream, bf16, torch.compile": [*UPSTREAM, HALF, *compiled],
             "plain word-level, bf16": [*word, HALF],
             "without distillation, bf16": [*DISTIL, "--alpha", 0, HALF],
             "word-level, fp16": [*word, "--fp16"],
+            "upstream, fp32": UPSTREAM,
+            "upstream, amp": [*UPSTREAM, "--amp"],
             "word-level, bf16, teacher on its own stream": [*word, HALF],
             "upstream, bf16, again": [*UPSTREAM, HALF],
         }
@@ -189,10 +199,13 @@ def main() -> None:
                 continue  # upstream has them on GPUs alone
             row = {"precision": "", "variant": variant}
             try:
+                if "full cache" in variant and not (folder / "cache").exists():
+                    fill = [folder, "--max-tokens", size.max_tokens, HALF, *CPU, *cache[4:]]
+                    teacher_cache.main(list(map(str, [*fill, "--teacher-checkpoint-path", teacher])))
                 run = [*training(folder, size.student, size, size.updates), *flags, "--no-save"]
-                row.update(measure("gpu_steps.py", variant, *run, "--save-dir", folder / "student"))
-            except RuntimeError as error:
-                row["skipped"] = str(error)[-1500:]
+                row.update(measured(variant, [*run, "--save-dir", folder / "student"]))
+            except Exception as error:
+                row["skipped"] = f"{type(error).__name__}: {error}"[-1500:]
             rows.append(row)
             print(row, flush=True)
             if not options.profile:
@@ -200,7 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
-        one(*sys.argv[1:])
-    else:
-        main()
+    main()

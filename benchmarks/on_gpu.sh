@@ -5,23 +5,22 @@
 #   OUT=results bash benchmarks/on_gpu.sh           on that machine: its python3 has torch, numpy, pytest and pytest-xdist
 #   OUT=results bash benchmarks/on_gpu.sh --rehearse    the same in small, on a CPU
 #
-# STEPS names some of: environment tests loss steps queue profile decoding adapters. PYTHON is the interpreter, WHEELS
-# the folder of the wheels.
+# STEPS names some of: environment tests steps loss queue profile decoding adapters. LIMIT_loss is the time limit of that
+# step in seconds, ARGS_loss more arguments of it, and so for the others; PYTEST_ADDOPTS says which tests. PYTHON is the
+# interpreter, WHEELS the folder of the wheels.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
 PYTHON=${PYTHON:-python3}
-# limits in seconds, and what is chosen of the tests and of the variants of a run
-TESTS=${TESTS:-}
-STEPS=${STEPS:-environment tests loss steps queue profile}
+STEPS=${STEPS:-environment tests steps loss queue profile}
 REHEARSE=${1:-}
-workers=12
+workers=14
 if [ "$REHEARSE" = --rehearse ]; then
     workers=2
     export KD_EXT_REHEARSE=1
 fi
 mkdir -p "$OUT"
-export KD_EXT_RESULTS="$OUT" KD_EXT_FAILURES="$OUT/failures.txt" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD" KD_EXT_RESULTS="$OUT" KD_EXT_FAILURES="$OUT/failures.txt" PYTHONUNBUFFERED=1
 
 # An environment of its own on top of the interpreter's: the start-up line works from site-packages alone.
 env=$(mktemp -d)/env
@@ -39,17 +38,19 @@ step() {
     local name=$1 limit=$2 status
     shift 2
     case " $STEPS " in *" $name "*) ;; *) return ;; esac
-    local start=$SECONDS
+    local start=$SECONDS own_limit=LIMIT_$name own_arguments=ARGS_$name
     echo "== $name" >> "$OUT/log.txt"
-    timeout -k 5 "$limit" "$@" >> "$OUT/log.txt" 2>&1
+    # shellcheck disable=SC2086
+    timeout -k 5 "${!own_limit:-$limit}" "$@" ${!own_arguments:-} >> "$OUT/log.txt" 2>&1
     status=$?
     echo "$name: exit status $status after $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
 }
 
 step environment 30 "$python" -m kd_ext.doctor
-step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider -W ignore --tb=short $TESTS --durations=5 tests/test_gpu.py
-step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE ${SIZES:+--sizes $SIZES}
-step steps 240 "$python" benchmarks/gpu_steps.py $REHEARSE
+step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider -W ignore --tb=short --durations=5 \
+    tests/test_gpu.py
+step steps 200 "$python" benchmarks/gpu_steps.py $REHEARSE
+step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE
 step queue 60 "$python" benchmarks/queue_gate.py
 step profile 60 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
 step decoding 60 "$python" benchmarks/decoding.py

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import List, NamedTuple, Optional
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ["--user-dir", str(ROOT / "kd_ext")]
@@ -69,9 +70,10 @@ class Forked:
 
     def __init__(self, log: Path, name: str, *arguments: object) -> None:
         self._log = log
-        os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # the server starts with these
         self._process = _server.Process(target=_main, args=(str(log), name, [str(a) for a in arguments]))
-        self._process.start()
+        # the server starts with these, and this process, whose own tests may need a GPU, goes on without
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
+            self._process.start()
 
     def wait(self) -> Result:
         self._process.join(300)

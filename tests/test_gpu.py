@@ -31,8 +31,6 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACE = {"cuda": "cuda:0", "cpu": "cpu"}[DEVICE]
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="not on a CPU")
-if torch.cuda.is_available():
-    torch.cuda.init()  # before the commands that run on the CPU hide the device from this process
 HAS_COMPILER = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)
 ON_CPU = TRAINING.index("--cpu")
 ON_GPU = TRAINING[:ON_CPU] + TRAINING[ON_CPU + 1 :] if DEVICE == "cuda" else TRAINING
