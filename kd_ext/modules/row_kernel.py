@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# As many warps as leave room for one program on a multiprocessor: so few rows are under way at a time that the second
-# reading finds them in the cache (measured on an H100 at 32k words).
-BLOCK, WARPS = 8192, 32
+# On an H100, 32,000 words: 8, 16 and 32 warps took 5.1, 5.0 and 5.3 ms for the whole loss of 8,192 tokens.
+BLOCK, WARPS = 8192, 16
 
 
 @triton.jit
