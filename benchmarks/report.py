@@ -94,6 +94,19 @@ def queue_gate(rows: List[Dict[str, Any]]) -> str:
     return table(header, lines)
 
 
+def queue_traffic(rows: List[Dict[str, Any]]) -> str:
+    """Of one worker and one update; milliseconds on paper, from the bytes alone."""
+    lines = [
+        [row["strategy"], row["workers"], f"{row['tokens']:,}", row["calls"], f"{row['queues_bytes']:,.0f}"]
+        + [number(row["bytes_per_token"], 1), *(number(time) for time in row["milliseconds"].values())]
+        + [f"{row['gradient_bytes']:,.0f}", f"{100 * row['over_gradients']:.2f} %"]
+        for row in rows
+    ]
+    header = ["strategy", "workers", "tokens of all", "messages", "bytes for the queues", "a token"]
+    header += [f"ms at {gbit} Gbit/s" for gbit in rows[0]["milliseconds"]]
+    return table([*header, "bytes for the gradients", "queues over gradients"], lines)
+
+
 def decoding(rows: List[Dict[str, Any]]) -> str:
     """Speed over upstream's transformer, of the same run."""
     header = ["precision", "architecture", "words per second", "over upstream"]
@@ -126,6 +139,7 @@ def main() -> None:
         loss: "The loss alone",
         steps: "Whole training runs",
         queue_gate: "Gate and queue",
+        queue_traffic: "What the workers send each other for the queues",
         decoding: "Decoding",
         adapter_tuning: "Adapter tuning",
         cache_quality: "Quality from a teacher cache",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +102,22 @@ class Forked:
 def run(log: Path, name: str, *arguments: object) -> Result:
     """Run a command to its end in a forked process."""
     return Forked(log, name, *arguments).wait()
+
+
+def run_two_workers(folder: Path, name: str, *arguments: object, own: Sequence[Sequence] = ((), ())) -> List[Result]:
+    """Run a command in two forked processes that meet at a port of this machine.
+
+    Args:
+        folder: for their logs
+        own: what each is given beside the `arguments`
+    """
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        meeting = f"tcp://localhost:{found.getsockname()[1]}"
+    together = ["--distributed-world-size", 2, "--distributed-no-spawn", "--distributed-init-method", meeting]
+    together += ["--distributed-backend", "gloo", "--distributed-rank"]
+    workers = [Forked(folder / f"log{rank}", name, *arguments, *own[rank], *together, rank) for rank in range(len(own))]
+    return [worker.wait() for worker in workers]
 
 
 def _main(log: str, name: str, arguments: List[str]) -> None:

@@ -20,6 +20,7 @@ TOUCHES = (
     "sanity_validation",
     "torch_compile",
     "runs_that_ended",  # after the pass before the first update
+    "same_files",  # before all that looks at a checkpoint
 )
 
 
