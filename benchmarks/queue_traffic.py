@@ -17,10 +17,9 @@ from common import HERE, save
 from steps import DISTIL, UPSTREAM, model_flags
 from torch import distributed
 
-VOCABULARY, SENTENCES, MAX_TOKENS, UPDATES = 32_000, 2_000, 4096, 6
+VOCABULARY, SENTENCES, MAX_TOKENS, UPDATES = 32_000, 2_000, 4096, 3
 LANGUAGES = [f"__src__l{i}" for i in range(11)]
 STRATEGIES = {
-    "word_level": [],
     "global_level": ["--kd-rate", 0.5, "--kd-queue-size", 100_000],
     "global_language_wise": ["--kd-rate", 0.5, "--kd-queue-size", 100_000],
 }
@@ -101,7 +100,7 @@ def on_paper(strategy: str, of_workers):
     for workers in WORKERS:
         gathered, reduced = (workers - 1) * mean["queues"], 2 * (workers - 1) / workers * mean["rest"]
         row = {"strategy": strategy, "workers": workers, "tokens": round(tokens * workers), "queues_bytes": gathered}
-        row.update(calls=updates[0]["queues"]["calls"], bytes_per_token=gathered / (tokens * workers))
+        row.update(messages=updates[0]["queues"]["calls"], bytes_per_token=gathered / (tokens * workers))
         row.update(gradient_bytes=reduced, over_gradients=gathered / reduced)
         yield {**row, "milliseconds": {gbit: gathered * 8 / (gbit * 1e6) for gbit in GBITS}}
 

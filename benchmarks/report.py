@@ -97,7 +97,7 @@ def queue_gate(rows: List[Dict[str, Any]]) -> str:
 def queue_traffic(rows: List[Dict[str, Any]]) -> str:
     """Of one worker and one update; milliseconds on paper, from the bytes alone."""
     lines = [
-        [row["strategy"], row["workers"], f"{row['tokens']:,}", row["calls"], f"{row['queues_bytes']:,.0f}"]
+        [row["strategy"], row["workers"], f"{row['tokens']:,}", row["messages"], f"{row['queues_bytes']:,.0f}"]
         + [number(row["bytes_per_token"], 1), *(number(time) for time in row["milliseconds"].values())]
         + [f"{row['gradient_bytes']:,.0f}", f"{100 * row['over_gradients']:.2f} %"]
         for row in rows
