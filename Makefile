@@ -26,7 +26,6 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/queue_gate.py
-	$(BIN)/python benchmarks/queue_traffic.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/decoding.py

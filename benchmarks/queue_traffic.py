@@ -1,4 +1,4 @@
-"""(d) What the workers of a training send each other for the queues, beside the gradients.
+"""(g) What the workers of a training send each other for the queues, beside the gradients.
 
 ``python benchmarks/queue_traffic.py`` counts it in a run of two processes, and from its size works out on paper what it
 is for more of them. ``python benchmarks/queue_traffic.py FILE FLAG...`` is such a process.
