@@ -66,6 +66,7 @@ class Job:
     """
 
     def __init__(self, hosts: Tuple[Host, Host], folder: Path, *command: object, own: Sequence[Sequence] = ((), ())):
+        self._hosts = hosts
         self._logs = [folder / f"log-of-{host.name}" for host in hosts]
         self._processes = [host.start(log, *command, *more) for host, log, more in zip(hosts, self._logs, own)]
 
@@ -79,11 +80,19 @@ class Job:
         return [Result(code, output) for code, output in zip(codes, self.outputs)]
 
     def kill_when(self, host: Host, text: str) -> None:
-        """Kill -9 all that runs on a machine as soon as the first machine's output has `text`."""
+        """Kill -9 all that runs on a machine as soon as the first machine's output has `text`; the other must end."""
         while text not in self.outputs[0]:
             assert self._processes[0].poll() is None, self.outputs
             time.sleep(0.0005)
         host.kill()
+        end = time.monotonic() + 150
+        for process, log in zip(self._processes, self._logs):
+            # before torch 2 its launcher, whose training has ended, waits 5 minutes for the machine that was killed
+            while process.poll() is None and "failed (exitcode: " not in log.read_text():
+                assert time.monotonic() < end, self.outputs
+                time.sleep(0.05)
+        for each in self._hosts:
+            each.kill()
 
 
 @contextlib.contextmanager
