@@ -47,10 +47,10 @@ class Host:
     def kill(self) -> None:
         """Kill -9 all that runs on it."""
         while True:
-            found = _ip("netns", "pids", self.namespace).stdout.split()
-            if not found:
+            found = _ip("netns", "pids", self.namespace)
+            if found.returncode != 0 or not found.stdout.split():
                 return
-            for pid in found:
+            for pid in found.stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
 
