@@ -38,6 +38,7 @@ active = {
     "D": (Namespace, "argparse.Namespace") in safe_globals,
     "E": hasattr(TransformerEncoderLayerBase.__init__, "_kd_ext"),
     "F": hasattr(fairseq.dataclass.utils.interpret_dc_type, "_kd_ext"),
+    "G": fairseq.data.data_utils.np is not sys.modules["numpy"],
 }
 devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print("\\n" + json.dumps({"active": active, "devices": devices}))
@@ -59,6 +60,7 @@ REMEDIES = {
     "D": Remedy("torch", (2, 6), "refuses the types that fairseq's checkpoints hold"),
     "E": Remedy("torch", (1, 13), "refuses the mask of fairseq's fused encoder"),
     "F": Remedy("python", (3, 14), "shows optional types in a way that fairseq does not know"),
+    "G": Remedy("numpy", (1, 24), "has lost names that fairseq uses, for --num-batch-buckets among others"),
 }
 
 # a part of the error with which fairseq-train ends: what to do

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import venv
 
+import numpy as np
 import pytest
 from commands import ENVIRONMENT, ROOT
 
@@ -39,10 +40,12 @@ def test_where_training_works():
     assert (status, lines[-1]) == (0, "training will work"), lines
     assert any(line.split() == ["fairseq", "0.12.2"] for line in lines)
     assert "GPUs        none seen: train with --cpu" in lines
+    numpy_version = tuple(map(int, np.__version__.split(".")[:2]))
     words = {line[7]: line.split(": ")[0].split(maxsplit=2)[2] for line in lines if line.startswith("remedy ")}
     assert words["A"] == ("active" if sys.version_info >= (3, 11) else "not needed")
     assert words["C"] == ("active" if sys.version_info >= (3, 13) else "not needed")
     assert words["E"] == "active"
+    assert words["G"] == ("active" if numpy_version >= (1, 24) else "not needed")
     assert words["F"] == ("active" if sys.version_info >= (3, 14) else "not needed")
 
 

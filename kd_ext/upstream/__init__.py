@@ -14,6 +14,7 @@ TOUCHES = (
     "checkpoints",
     "damaged_checkpoints",
     "fast_path",
+    "numpy_names",
     "one_line_errors",
     "patience",
     "resume",
