@@ -16,7 +16,7 @@ def test_off_by_default():
 def test_what_fits_is_loaded_and_the_rest_is_named(caplog):
     caplog.set_level("INFO")
     base = build("transformer", seed=1, layers=3).state_dict()
-    model = build(seed=2, layers=2, decoder_ffn_embed_dim=20, load_checkpoint_liberally=True, **adapters(train="hi"))
+    model = build(seed=2, layers=2, decoder_ffn_embed_dim=20, load_checkpoint_liberally=True, **adapters())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     given = dict(base)
     model.load_state_dict(base, strict=True)
@@ -51,18 +51,28 @@ def test_a_base_with_whole_embeddings_for_factorized_ones(ties):
     assert model.encoder.embed_tokens.weight.shape == (30, 4)
 
 
-def test_frozen_weights_that_are_left_random_are_named(caplog):
+def test_frozen_weights_that_would_be_left_random_are_an_error(caplog):
     caplog.set_level("WARNING")
     base = build("transformer").state_dict()
     build(load_checkpoint_liberally=True, **adapters(train="hi")).load_state_dict(dict(base))
+    build(load_checkpoint_liberally=True, decoder_ffn_embed_dim=20).load_state_dict(dict(base))  # they are trained
     assert not caplog.records
-    build(load_checkpoint_liberally=True, decoder_ffn_embed_dim=20).load_state_dict(dict(base))
-    assert not caplog.records  # they are trained
     narrow = build(load_checkpoint_liberally=True, decoder_ffn_embed_dim=20, **adapters(train="hi"))
-    narrow.load_state_dict(base)
+    expected = (
+        r"random values: decoder\.layers\.0\.fc1\.\* \(2\), decoder\.layers\.0\.fc2\.weight, decoder\.layers\.1\.fc1"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        narrow.load_state_dict(base)
+
+
+def test_what_a_frozen_model_has_no_place_for_is_a_warning(caplog):
+    caplog.set_level("WARNING")
+    base = build("transformer", layers=3).state_dict()
+    build(load_checkpoint_liberally=True, layers=2).load_state_dict(dict(base))  # it is trained
+    assert not caplog.records
+    build(load_checkpoint_liberally=True, layers=2, **adapters(train="hi")).load_state_dict(base)
     (warning,) = caplog.records
-    expected = "random values: decoder.layers.0.fc1.* (2), decoder.layers.0.fc2.weight, decoder.layers.1.fc1.* (2), "
-    assert expected in warning.getMessage()
+    assert "no place for: encoder.layers.2.* (16), decoder.layers.2.* (26)" in warning.getMessage()
 
 
 def test_nothing_that_fits_is_an_error():

@@ -136,7 +136,7 @@ class TransformerExtModel(TransformerModel):
         """As upstream's; under ``--load-checkpoint-liberally`` load what fits by name and shape.
 
         Raises:
-            ConfigError: liberally, and nothing fits
+            ConfigError: liberally, and nothing fits, or not all of what is frozen
         """
         if not self._load_liberally:
             return super().load_state_dict(state_dict, strict, model_cfg, args)
@@ -157,10 +157,14 @@ class TransformerExtModel(TransformerModel):
         frozen = [n for n, p in self.named_parameters() if not p.requires_grad and adapter_of(n) is None]
         lost = [name for name in frozen if name not in found.fitting]
         if lost:
+            raise ConfigError(
+                "--load-checkpoint-liberally: what is frozen would stay at its initial, random values: "
+                f"{', '.join(summary(lost, parameters))}; give the flags of the size that the base has"
+            )
+        if frozen and found.unexpected:
             logger.warning(
-                "--load-checkpoint-liberally: frozen at their initial, random values: %s; give the flags of the size "
-                "that the base has",
-                ", ".join(summary(lost, parameters)),
+                "--load-checkpoint-liberally: the checkpoint has what this model has no place for: %s",
+                ", ".join(found.unexpected),
             )
         return super().load_state_dict(found.fitting, False, model_cfg, args)
 

@@ -6,6 +6,8 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
+from kd_ext.modules.random_state import random_state_kept
+
 
 def apply() -> None:
     """Give a task that asks for it (``restores_state``) its saved state back on resume.
@@ -16,7 +18,8 @@ def apply() -> None:
 
     What a translation task was trained with is recorded and, before anything of a checkpoint is used, compared: once
     weights are loaded, fairseq reports other dictionaries as another architecture or, if they are as long, not at all.
-    A model that may have something against going on (``check_resumed``) is asked as well: it compares no settings.
+    A model that may have something against going on (``check_resumed``) is asked as well. fairseq compares no settings:
+    that the weights compute what they computed before is seen here, where a run goes on, or a part of it is frozen.
     """
     original, saving = Trainer.load_checkpoint, Trainer.save_checkpoint
     if getattr(original, "_kd_ext", False):
@@ -62,6 +65,31 @@ def _check(trainer, filename, state, resumes) -> None:
     check_model = getattr(trainer.get_model(), "check_resumed", None)
     if check_model is not None and resumes:
         check_model(filename, model_settings(state))
+    is_frozen = any(not parameter.requires_grad for parameter in trainer.get_model().parameters())
+    if (resumes or is_frozen) and not trainer.is_fsdp:  # which may have a part of the weights alone
+        _check_function(trainer, filename, state)
+
+
+def _check_function(trainer, filename, state) -> None:
+    from kd_ext.models.same_function import Probe, check_same_function
+    from kd_ext.models.saved_settings import model_settings
+
+    saved = model_settings(state)
+    if not saved or not state.get("model"):
+        return
+    liberally = getattr(trainer.get_model(), "_load_liberally", False)
+    probe = Probe(trainer.task, state["model"], _batch_to_compare(trainer.task))
+    check_same_function(filename, saved, trainer.cfg.model, liberally, probe)
+
+
+def _batch_to_compare(task):
+    """What a model is given of a few sentences: those of validation are there before anything is loaded."""
+    dataset = next(iter(getattr(task, "datasets", {}).values()), None)
+    if not dataset:
+        return None
+    with random_state_kept():  # some datasets draw what they hide
+        batch = dataset.collater([dataset[i] for i in range(min(3, len(dataset)))])
+    return batch.get("net_input")
 
 
 def _from_rank_0(trainer, found):
