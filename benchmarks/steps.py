@@ -71,7 +71,8 @@ def one(variant: str, *flags: str) -> None:
     from kd_ext.tasks import load_teacher
 
     if variant == "plain distillation":  # as for a model whose output layer cannot be taken apart
-        criterion._find_projection = load_teacher._find_projection = lambda model: None
+        load_teacher._find_projection = lambda model: None
+        criterion.LabelSmoothedCrossEntropyWithKD._find_projection = lambda self, model: None
     rates = []
     log = progress_bar.SimpleProgressBar.log
 

@@ -54,7 +54,7 @@ def worker(rank, backend, tied, store, results):
         run.criterion(wrapped, sample_of(run, rank, step))[0].backward()
         if backend == "legacy_ddp":
             wrapped.all_reduce_grads()
-    results.put((gradients_of(student), run.criterion._projection is None))
+    results.put((gradients_of(student), run.criterion._find_projection(wrapped) is None))
     torch.distributed.barrier()
 
 

@@ -75,7 +75,7 @@ def test_gradients_of_the_model_are_those_of_the_plain_formulation(kind, strateg
         student, teacher = models
         run.criterion.teacher = Teacher([teacher], [find_projection(teacher) if lean else None])
         if not lean:
-            run.criterion._projection = None
+            run.criterion._find_projection = lambda model: None
         rng = np.random.default_rng(3)
         for _ in range(2):  # gradients accumulate
             sample = to_sample(run.words, random_batch(rng, ["hi", "ta", "bn", "hi"]), extra=1)
@@ -160,9 +160,73 @@ def test_an_output_layer_of_another_kind_or_with_hooks(task):
     model.decoder.output_projection.register_forward_pre_hook(lambda *_: None)  # quantization noise does
     with pytest.raises(NoProjectionError, match="has hooks"):
         find_projection(model)
+    for where, register in (
+        ("its decoder", lambda m: m.decoder.register_forward_hook),
+        ("the model", lambda m: m.register_forward_hook),
+        ("its output projection", lambda m: m.decoder.output_projection.register_full_backward_hook),
+    ):
+        hooked = transformer(task)
+        register(hooked)(lambda *_: None)
+        with pytest.raises(NoProjectionError, match=f"{where} has hooks"):
+            find_projection(hooked)
     model.decoder.output_projection = torch.nn.Sequential(torch.nn.Linear(8, 17))
     with pytest.raises(NoProjectionError, match="is a Sequential"):
         find_projection(model)
+
+
+@pytest.mark.parametrize("path", ["decoder.output_layer", "decoder.forward", "get_normalized_probs"])
+def test_a_function_that_was_put_in_the_place_of_another(task, path):
+    model = transformer(task)
+    owner = model.decoder if path.startswith("decoder") else model
+    name = path.split(".")[-1]
+    setattr(owner, name, functools.partial(getattr(owner, name)))
+    with pytest.raises(NoProjectionError, match=f"has a {name} of its own"):
+        find_projection(model)
+    model = transformer(task)
+    model.decoder.output_projection.forward = lambda x: x
+    with pytest.raises(NoProjectionError, match="its output projection has a forward of its own"):
+        find_projection(model)
+
+
+def replaced(model):
+    model.decoder.output_projection = torch.nn.Linear(8, 17)
+
+
+def patched(model):
+    forward = model.decoder.output_layer
+    model.decoder.output_layer = lambda x: forward(x) * 2
+
+
+def moved(model):
+    model.decoder.output_projection.weight = torch.nn.Parameter(torch.randn(17, 8))
+
+
+@pytest.mark.parametrize("change", [None, replaced, patched, moved])
+@pytest.mark.parametrize("flags", [{"alpha": 0.3}, {"alpha": 0.0}])
+def test_the_projection_is_that_of_the_model_that_is_there(change, flags):
+    """One criterion, two models, or one that is changed between two batches: as a criterion that saw none before."""
+    results = []
+    for sees_another_first in (True, False):
+        torch.manual_seed(0)
+        run = Run("word_seq_level", **flags)
+        first, teacher = transformer(run.task), transformer(run.task)
+        second = transformer(run.task) if change is None else first
+        run.criterion.teacher = Teacher([teacher])
+        batch = random_batch(np.random.default_rng(3), ["hi", "ta"])
+        sample = to_sample(run.words, batch)
+        sample["net_input"]["src_lengths"] = sample["net_input"]["src_tokens"].ne(run.words.pad()).sum(1)
+        if sees_another_first:
+            run.criterion(first, sample)
+        if change is not None:
+            change(second)
+        loss, _, _ = run.criterion(second, sample)
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in second.named_parameters()}))
+    (loss, gradients), (expected_loss, expected) = results
+    assert loss == expected_loss
+    for name, gradient in expected.items():
+        assert (gradient is None) == (gradients[name] is None)
+        assert gradient is None or torch.equal(gradients[name], gradient)
 
 
 def test_wrappers(task, tmp_path):

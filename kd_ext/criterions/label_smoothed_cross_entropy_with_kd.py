@@ -2,8 +2,9 @@
 
 import logging
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Dict, List, NamedTuple, Optional, Union
+from typing import Dict, List, NamedTuple, Optional, Set, Union
 
 import torch
 from fairseq.criterions import register_criterion
@@ -119,9 +120,6 @@ class _Terms(NamedTuple):
     chosen: Optional[_Chosen]
 
 
-_UNKNOWN = object()
-
-
 @register_criterion(CRITERION, dataclass=LabelSmoothedCrossEntropyWithKDConfig)
 class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
     """The loss of a student with a teacher.
@@ -153,20 +151,23 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if ignore_prefix_size < 0:
             raise ConfigError(f"--ignore-prefix-size {ignore_prefix_size}: negative; a number of tokens, or 0 for none")
         strategy = task.cfg.kd_strategy
-        _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_temperature)
+        _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_temperature, task.cfg.kd_language_tag)
         self.temperature = kd_temperature
         self.languages = _find_languages(task) if STRATEGIES[strategy].by_language else None
+        pools = self.languages.pools if self.languages else ["all"]
+        if STRATEGIES[strategy].needs_queue:
+            _check_memory(kd_queue_size, len(pools))
         self.selector: TokenSelector = STRATEGIES[strategy](
             rate=kd_rate,
             capacity=kd_queue_size,
-            pools=self.languages.pools if self.languages else ["all"],
+            pools=pools,
             workers=Workers(_data_parallel_group()),
         )
         self.golden_weight, self.distilled_weight = self.selector.weights(alpha)
         self.teacher = task.load_teacher(kd_temperature) if self.distilled_weight > 0 else None
         self._teacher_dtype = task.teacher_dtype
         task.selector = self.selector
-        self._projection = _UNKNOWN  # the student's, None where it has none: it is found in the first batch
+        self._said: Set[str] = set()  # why a student has no projection
         logger.info(
             "--kd-strategy %s: loss = %g label-smoothed + %g distillation; rate %s, queue %s, temperature %g",
             *(strategy, self.golden_weight, self.distilled_weight, kd_rate, kd_queue_size, kd_temperature),
@@ -186,9 +187,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         """
         if not model.training:
             return super().forward(model, sample, reduce)
-        if self._projection is _UNKNOWN:
-            self._projection = _find_projection(model)
-        if self.distilled_weight == 0 and self._projection is None:
+        projection = self._find_projection(model)
+        if self.distilled_weight == 0 and projection is None:
             return super().forward(model, sample, reduce)
         if self.distilled_weight > 0:
             if self.teacher is None:
@@ -196,7 +196,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
             dtype = self._teacher_dtype(next(model.parameters()).dtype)
             self.teacher.place(sample["target"].device, dtype)
         batch = self._batch(sample)
-        terms = self._plain_terms(model, batch) if self._projection is None else self._lean_terms(model, batch)
+        terms = self._plain_terms(model, batch) if projection is None else self._lean_terms(model, projection, batch)
 
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -236,7 +236,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         correct = log_probs.argmax(1) == target
         return _Terms(loss, nll.detach(), distilled.cross_entropy.detach(), distilled.kl, correct, chosen)
 
-    def _lean_terms(self, model, batch: "_Batch") -> "_Terms":
+    def _lean_terms(self, model, projection: Projection, batch: "_Batch") -> "_Terms":
         """The same from the features, by chunks of tokens."""
         # The teacher is first, so that what its pass needs and the student's activations, which are kept for the
         # backward pass, are not in memory together.
@@ -244,7 +244,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         is_asked = is_distilled and not batch.is_dummy  # of another worker's batch nothing is selected
         teacher = self.teacher.output(batch.sample, batch.positions) if is_asked else []
         features, _ = model(**batch.sample["net_input"], features_only=True)
-        student, target = self._projection(batch.positions.take(features)), batch.target  # n x d, n
+        student, target = projection(batch.positions.take(features)), batch.target  # n x d, n
         chosen, selected, count = None, torch.zeros_like(target, dtype=torch.bool), 0
         if is_distilled:
             # Only gates need to know the losses before the tokens are selected: one matrix product beside the loss's
@@ -259,6 +259,16 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         weights = Weights(self.golden_weight, self.distilled_weight, self.eps, self.temperature)
         loss = chunked_loss(student, target, selected, teacher, weights, count=count)
         return _Terms(*loss, chosen)
+
+    def _find_projection(self, model) -> Optional[Projection]:
+        """Of the model that is there: from Python it can be another one, or have another output layer, each time."""
+        try:
+            return find_projection(model)
+        except NoProjectionError as error:
+            if str(error) not in self._said:
+                self._said.add(str(error))
+                logger.warning("the loss is computed in its plain formulation, which takes more memory: %s", error)
+            return None
 
     def _batch(self, sample) -> "_Batch":
         real = sample["target"].ne(self.padding_idx)
@@ -334,7 +344,7 @@ def _log_mean(key: str, total, count: float) -> None:
         metrics.log_scalar(key, total / count, count, round=3)
 
 
-def _check_flags(strategy, alpha, rate, queue_size, temperature) -> None:
+def _check_flags(strategy, alpha, rate, queue_size, temperature, tag) -> None:
     kind = STRATEGIES[strategy]
     if not 0 <= alpha <= 1:
         raise ConfigError(f"--alpha {alpha}: out of range; a number from 0 to 1")
@@ -351,6 +361,7 @@ def _check_flags(strategy, alpha, rate, queue_size, temperature) -> None:
         ("--alpha", alpha, alpha != 0.5 and not kind.uses_alpha),
         ("--kd-rate", rate, rate is not None and not kind.needs_rate),
         ("--kd-queue-size", queue_size, queue_size is not None and not kind.needs_queue),
+        ("--kd-language-tag", tag, tag != "__src__" and not kind.by_language),
     ]
     for flag, value, is_unused in unused:
         if is_unused:
@@ -362,8 +373,26 @@ def check_temperature(temperature: float) -> None:
         raise ConfigError(f"--kd-temperature {temperature}: out of range; a number over 0")
 
 
+def _check_memory(queue_size: int, queues: int) -> None:
+    """See that full queues fit into the memory of this machine, or of its GPU, if that has more."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        there = max(there, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    if 4 * queue_size * queues > there:
+        raise ConfigError(
+            f"--kd-queue-size {queue_size}: too large: {queues} queue{'s' * (queues > 1)} of it, 4 bytes a token, are "
+            f"{4 * queue_size * queues:,} bytes, and there are {there:,}; at most {there // (4 * queues):,} tokens"
+        )
+
+
 def _find_languages(task) -> LanguageTags:
-    languages = LanguageTags(task.source_dictionary.symbols, task.cfg.kd_language_tag)
+    words = task.source_dictionary
+    if not task.cfg.kd_language_tag:
+        raise ConfigError(
+            "--kd-language-tag '': empty, so that every word would be a language; a prefix, as __src__ of __src__hi"
+        )
+    specials = {*range(words.nspecial), words.bos(), words.pad(), words.eos(), words.unk()}
+    languages = LanguageTags(words.symbols, task.cfg.kd_language_tag, specials)
     if len(languages) == 0:
         raise ConfigError(
             f"--kd-language-tag {task.cfg.kd_language_tag}: no word of the source dictionary begins with it; "
@@ -371,14 +400,6 @@ def _find_languages(task) -> LanguageTags:
         )
     logger.info("languages with a queue: %s", ", ".join(languages.pools[:-1]))
     return languages
-
-
-def _find_projection(model) -> Optional[Projection]:
-    try:
-        return find_projection(model)
-    except NoProjectionError as error:
-        logger.warning("the loss is computed in its plain formulation, which takes more memory: %s", error)
-        return None
 
 
 def _data_parallel_group():

@@ -13,6 +13,9 @@ from kd_ext.modules.chunked_logits import LinearLogits
 
 Projection = Callable[[Tensor], LinearLogits]
 
+# of a module whose forward is not called
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class NoProjectionError(ValueError):
     """The model's probabilities come about in another way, which the message names."""
@@ -44,7 +47,10 @@ def find_projection(model: Any) -> Projection:
         _require_inherited(decoder, function, FairseqDecoder)
     _require(decoder.adaptive_softmax is None, "its output layer is an adaptive softmax")
     projection = decoder.output_projection
-    _require(not projection._forward_hooks and not projection._forward_pre_hooks, "its output projection has hooks")
+    for what, module in (("the model", model), ("its decoder", decoder)):
+        _require(not module._forward_hooks, f"{what} has hooks")  # they would see features in place of logits
+    _require(not any(getattr(projection, hooks, None) for hooks in _HOOKS), "its output projection has hooks")
+    _require("forward" not in vars(projection), "its output projection has a forward of its own")
     if hasattr(projection, "linear_logits"):
         return projection.linear_logits
     _require(type(projection) is nn.Linear, f"its output projection is a {_name(projection)}")
@@ -73,7 +79,7 @@ def _has_argument(function: Callable, argument: str) -> bool:
 
 def _require_inherited(thing: Any, function: str, *bases: type) -> None:
     own = getattr(type(thing), function, None)
-    inherited = any(own is getattr(base, function) for base in bases)
+    inherited = function not in vars(thing) and any(own is getattr(base, function) for base in bases)
     _require(inherited, f"{_name(thing)} has a {function} of its own")
 
 
