@@ -19,6 +19,8 @@ SELECTIONS = {
 # golden, distilled, as the strategies weigh them
 WEIGHTS = {"word_seq_level": (0.7, 0.3), "word_level": (0.0, 1.0), "selective": (1.0, 1.0), "alpha=0": (1.0, 0.0)}
 
+MASKED = [("masked",), ("masked by its bias",), ("masked", "linear"), ("masked", "masked")]  # words that cannot be
+
 
 def make(dtype=torch.float64, bias=True, teachers=("linear",), selection="some", seed=0, n=N):
     """A student of leaf tensors, targets, selection, teachers."""
@@ -33,6 +35,10 @@ def make(dtype=torch.float64, bias=True, teachers=("linear",), selection="some",
         "linear": lambda: LinearLogits(randn(m, 5), randn(V, 5)),
         "bias": lambda: LinearLogits(randn(m, 5), randn(V, 5), randn(V)),
         "given": lambda: GivenLogits(F.log_softmax(2 * randn(m, V), dim=1)),
+        "masked": lambda: GivenLogits(randn(m, V).index_fill(1, torch.tensor([0, 5, V - 1]), -torch.inf)),
+        "masked by its bias": lambda: LinearLogits(
+            randn(m, 5), randn(V, 5), randn(V).index_fill(0, torch.tensor(3), -torch.inf)
+        ),
     }
     return student, target, selected, [kinds[kind]() for kind in teachers]
 
@@ -79,7 +85,7 @@ def check(rows, tolerance, weights, **settings):
 @pytest.mark.parametrize("rows", [1, 5, N, None])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("teachers", [("linear",), ("bias",), ("given",), ("linear", "given", "bias")])
+@pytest.mark.parametrize("teachers", [("linear",), ("bias",), ("given",), ("linear", "given", "bias"), *MASKED])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_equals_the_plain_formulation(dtype, tolerance, rows, weights, selection, teachers, temperature):
     for bias, epsilon in ((True, 0.1), (False, 0.0)):

@@ -270,7 +270,8 @@ class TeacherChunks:
             torch.clamp(values, min=tiny, out=scratch).log_().mul_(values)
             return TeacherBlock(values, -scratch.sum(1), scratch)
         total = self._softmax(values, out=scratch)
-        # values are now log-probabilities but for log(total)
+        # values are now log-probabilities but for log(total), of an impossible word -inf: 0 log 0 = 0
+        values.clamp_(min=torch.finfo(values.dtype).min)
         entropy = total.log_() - values.mul_(scratch).sum(1)
         return TeacherBlock(scratch, entropy, values)
 
