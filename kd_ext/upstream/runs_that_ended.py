@@ -42,13 +42,21 @@ def apply() -> None:
 
 
 def _why_ended(trainer: Any) -> Optional[str]:
-    optimization, done = trainer.cfg.optimization, trainer.get_num_updates()
-    if 0 < optimization.max_update <= done:
-        return f"--max-update {optimization.max_update}: the checkpoint has had {done} updates"
+    max_update = _setting(trainer, "optimization", "max_update")
+    hours = _setting(trainer, "optimization", "stop_time_hours")
+    patience, waited = _setting(trainer, "checkpoint", "patience"), getattr(counter(), "num_runs", 0)
+    done = trainer.get_num_updates() if max(max_update, hours) > 0 else 0
+    if 0 < max_update <= done:
+        return f"--max-update {max_update}: the checkpoint has had {done} updates"
     # of a checkpoint that another run begins with fairseq takes over the time, too
-    if done > 0 and 0 < optimization.stop_time_hours < trainer._previous_training_time / 3600:
-        return f"--stop-time-hours {optimization.stop_time_hours}: the checkpoint was trained for longer"
-    patience, waited = trainer.cfg.checkpoint.patience, getattr(counter(), "num_runs", 0)
+    if done > 0 and 0 < hours < trainer._previous_training_time / 3600:
+        return f"--stop-time-hours {hours}: the checkpoint was trained for longer"
     if 0 < patience <= waited:
         return f"--patience {patience}: the checkpoint has had {waited} validations without a better score"
     return None
+
+
+def _setting(trainer: Any, group: str, name: str) -> float:
+    """The number; 0, no limit, where a trainer is not fairseq's: ``load_checkpoint`` itself takes any."""
+    value = getattr(getattr(getattr(trainer, "cfg", None), group, None), name, 0)
+    return value if isinstance(value, (int, float)) else 0
