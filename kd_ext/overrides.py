@@ -14,8 +14,9 @@ def parse_overrides(flag: str, text: str) -> Dict[str, Any]:
     """
     try:
         settings = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # unhashable keys, a thousand brackets
         settings = None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{flag} {text}: not a dictionary; write it as \"{{'name': 'value'}}\"")
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        shown = " ".join(text.split())[:200]
+        raise ConfigError(f"{flag} {shown}: not a dictionary by names; write it as \"{{'name': 'value'}}\"")
     return settings

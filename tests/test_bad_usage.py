@@ -27,6 +27,7 @@ FLAGS = {
 }
 
 GLOBAL = "--kd-strategy global_level --kd-rate 0.5"
+LANGUAGES = "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 9"
 WITH_TEACHER = {
     "unknown strategy": ("--kd-strategy sentence_level", ["--kd-strategy sentence_level", *STRATEGIES]),
     "alpha over 1": ("--alpha 1.5", ["--alpha 1.5", "from 0 to 1"]),
@@ -44,6 +45,13 @@ WITH_TEACHER = {
     ),
     "overrides": ("--teacher-model-overrides dropout=0", ["--teacher-model-overrides dropout=0", "dictionary"]),
     "no user module": ("--teacher-user-dir no/where", ["--teacher-user-dir no/where", "no such folder"]),
+    "no prefix": (f"{LANGUAGES} --kd-language-tag=", ["--kd-language-tag ''", "empty", "__src__"]),
+    "special symbols": (f"{LANGUAGES} --kd-language-tag <", ["--kd-language-tag <", "no word"]),
+    "more than there is memory": (
+        f"{GLOBAL} --kd-queue-size {10**13}",
+        [f"--kd-queue-size {10**13}: too large", "at most"],
+    ),
+    "more than a number": (f"{LANGUAGES[:-1]}{10**30}", [f"--kd-queue-size {10**30}: too large", "4 queues"]),
     "longer than the teacher's": ("--max-source-positions 2000", ["--max-source-positions 2000", "1024"]),
 }
 
@@ -70,6 +78,73 @@ def test_a_teacher_with_another_criterion(train, teacher, tmp_path):
     flags = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy"]
     result = train(tmp_path, *flags, "--teacher-checkpoint-path", teacher)
     assert_refused(result, tmp_path, teacher, "label_smoothed_cross_entropy_with_kd")
+
+
+# what is given, and parts of the one line
+OVERRIDES = {
+    "{1: 2}": ["not a dictionary by names"],
+    "{[]: 1}": ["not a dictionary by names"],
+    "[" * 3000: ["not a dictionary by names"],
+    "{'data': 3}": ["cannot be loaded so"],
+    "{'data': None}": ["cannot be loaded so"],
+    "{'encoder_layers': 2}": ["weights do not fit"],
+    "{'encoder_layers': 'two'}": ["cannot be loaded so"],
+    "{'activation_fn': 'no such'}": ["cannot be loaded so"],
+    "{'model': 3}": ["nothing reads 'model'"],
+    "{'task': 3}": ["not for "],
+    "{'task': {'no such': 3}}": ["not for "],
+    "{'arch': 'lstm'}": ["nothing reads 'arch'"],
+    "{'encoder_layer': 2}": ["nothing reads 'encoder_layer'", "near to it: encoder_layer"],
+    "{'lr': 2}": ["nothing reads 'lr'"],
+    "{'zzz': 2}": ["nothing reads 'zzz'", "leave it out"],
+}
+
+
+@pytest.mark.parametrize("text", OVERRIDES)
+def test_overrides(train, teacher, tmp_path, text):
+    flags = ["--teacher-checkpoint-path", teacher, "--teacher-model-overrides", text]
+    assert_refused(train(tmp_path, *KD, *flags), tmp_path, "--teacher-model-overrides ", *OVERRIDES[text])
+
+
+def test_overrides_that_are_read(train, teacher, data, tmp_path):
+    overrides = {"data": str(data), "dropout": 0.3, "max_source_positions": 1024, "left_pad_source": True}
+    flags = ["--teacher-checkpoint-path", teacher, "--teacher-model-overrides", str(overrides), "--max-update", "1"]
+    assert train(tmp_path, *KD, *flags).returncode == 0
+
+
+REGISTERS = """
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import TransformerModel
+
+@register_model({model!r})
+class Theirs(TransformerModel):
+    pass
+"""
+USER_DIRS = {
+    "registered already": ("theirs/__init__.py", REGISTERS.format(model="transformer"), "theirs", "registered already"),
+    "a file": ("theirs.py", "", "theirs.py", "it is a file"),
+    "of another's name": ("json/__init__.py", "", "json", "another name"),
+    "broken": ("theirs/__init__.py", "import no_such_module", "theirs", "no_such_module"),
+    "not Python": ("theirs/__init__.py", "this is not\nPython", "theirs", "SyntaxError"),
+    "ends": ("theirs/__init__.py", "1 / 0", "theirs", "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("name", USER_DIRS)
+def test_user_modules(train, teacher, tmp_path, name):
+    file, content, given, said = USER_DIRS[name]
+    (tmp_path / "modules" / file).parent.mkdir(parents=True)
+    (tmp_path / "modules" / file).write_text(content)
+    given = tmp_path / "modules" / given
+    result = train(tmp_path / "run", *KD, "--teacher-checkpoint-path", teacher, "--teacher-user-dir", given)
+    assert_refused(result, tmp_path / "run", f"--teacher-user-dir {given}: ", said)
+
+
+def test_a_folder_in_place_of_a_checkpoint(train, teacher, data, tmp_path):
+    result = train(tmp_path, *KD, "--teacher-checkpoint-path", teacher.parent)
+    assert_refused(result, tmp_path, f"--teacher-checkpoint-path {teacher.parent}: a folder; name a checkpoint in it")
+    result = run(tmp_path / "log", "fairseq-generate", data, *PLUGIN, "--path", teacher.parent, "--cpu")
+    assert_refused(result, tmp_path, f"{teacher.parent}: a folder; name a checkpoint")
 
 
 def truncated(path, teacher):

@@ -57,6 +57,20 @@ def test_language_tags():
     assert len(LanguageTags(symbols, "<2")) == 0
 
 
+def test_special_symbols_are_no_languages():
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", "<2hi>", "<2ta>"]
+    assert LanguageTags(symbols, "<", range(4)).pools == ["2hi>", "2ta>", "untagged"]
+    assert LanguageTags(symbols[:4], "<", range(4)).pools == ["untagged"]
+
+
+@pytest.mark.parametrize("languages", [["untagged"], ["hi", "_untagged", "untagged"]])
+def test_a_language_named_as_the_sentences_without_a_tag(languages):
+    tags = LanguageTags(["a", *(f"__src__{name}" for name in languages)], "__src__")
+    assert len(set(tags.pools)) == len(tags.pools) == 1 + len(languages)
+    assert tags.pools[:-1] == languages
+    assert tags.of_sentences(torch.tensor([[1, 0], [0, 0]])).tolist() == [0, len(languages)]
+
+
 class Linear(nn.Module):
     def __init__(self):
         super().__init__()

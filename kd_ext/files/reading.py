@@ -27,6 +27,8 @@ def explained(path: str, expected: str) -> Iterator[None]:
         yield
     except (ConfigError, FileNotFoundError, MemoryError):
         raise
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: a folder; name a {expected} in it") from error
     except PermissionError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the bytes of a file can make torch raise anything

@@ -1,6 +1,6 @@
 """The language of a sentence, told by a tag among its tokens."""
 
-from typing import List, Sequence
+from typing import Collection, List, Sequence
 
 import torch
 from torch import Tensor
@@ -12,19 +12,24 @@ class LanguageTags:
     Args:
         symbols: the vocabulary, in the order of its ids
         prefix: what a language's tag begins with: ``__src__`` for ``__src__hi``
+        specials: ids of symbols that are no words, and so no tags whatever they begin with
 
     Attributes:
-        pools: the languages in the order of their ids, then ``untagged`` for sentences without a tag
+        pools: the languages in the order of their ids, then ``untagged`` for sentences without a tag (with a ``_``
+            before it where that is the name of a language)
     """
 
-    def __init__(self, symbols: Sequence[str], prefix: str) -> None:
+    def __init__(self, symbols: Sequence[str], prefix: str, specials: Collection[int] = ()) -> None:
         languages: List[str] = []
         table = torch.zeros(len(symbols), dtype=torch.long)  # vocabulary id -> language + 1, 0 for other words
         for index, symbol in enumerate(symbols):
-            if symbol.startswith(prefix) and len(symbol) > len(prefix):
+            if symbol.startswith(prefix) and len(symbol) > len(prefix) and index not in specials:
                 languages.append(symbol[len(prefix) :])
                 table[index] = len(languages)
-        self.pools = languages + ["untagged"]
+        untagged = "untagged"
+        while untagged in languages:
+            untagged = f"_{untagged}"
+        self.pools = languages + [untagged]
         self._table = table
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """From ``--teacher-checkpoint-path`` to a :class:`~kd_ext.modules.teacher.Teacher`."""
 
+import difflib
 import inspect
 import logging
 import os
@@ -12,7 +13,7 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
@@ -20,6 +21,7 @@ from kd_ext.files.fingerprint import model_fingerprint
 from kd_ext.models.fused_attention import fuse_cross_attention
 from kd_ext.models.layers import drop_dead_parameters
 from kd_ext.models.output_projection import NoProjectionError, find_projection
+from kd_ext.models.same_function import settings_read
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
@@ -97,17 +99,40 @@ def _find_projection(model: torch.nn.Module) -> Optional[Projection]:
 
 
 def _import_user_dir(user_dir: str) -> None:
+    flag = f"--teacher-user-dir {user_dir}"
     try:
         utils.import_user_module(Namespace(user_dir=user_dir))
     except FileNotFoundError:
-        raise ConfigError(
-            f"--teacher-user-dir {user_dir}: no such folder; name the one with the teacher's __init__.py"
-        ) from None
+        raise ConfigError(f"{flag}: no such folder; name the one with the teacher's __init__.py") from None
+    except Exception as error:  # whatever is in it
+        if os.path.isfile(user_dir):
+            remedy = "it is a file; name the folder with the teacher's __init__.py"
+        elif "not globally unique" in str(error):
+            remedy = "another module of that name was imported before it; give the folder another name"
+        elif "duplicate" in str(error):
+            remedy = "what it registers is registered already: leave this flag out, or rename what it registers"
+        else:
+            remedy = "mend it, or name another folder"
+        raise ConfigError(f"{flag}: cannot be imported ({_in_a_line(error)}); {remedy}") from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[torch.nn.Module, str]:
     """The model, and the fingerprint of its weights."""
-    state = _read_checkpoint(path, settings)
+    try:
+        return _build(path, settings, _read_checkpoint(path, settings), student_task)
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # what task and model have against their settings
+        given = f"{FLAG} {path}" if not settings else f"--teacher-model-overrides {settings}"
+        remedy = "mend its settings by --teacher-model-overrides" if not settings else "give other values"
+        raise ConfigError(f"{given}: {path} cannot be loaded so ({_in_a_line(error)}); {remedy}") from error
+
+
+def _build(path: str, settings: Dict[str, Any], state: Dict[str, Any], student_task: Any):
     cfg = state["cfg"]
     _check_registered(path, "task", cfg.task._name, TASK_REGISTRY)
     _check_registered(path, "architecture", cfg.model._name, {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY})
@@ -132,6 +157,8 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[t
 
 def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     """The state in `path`, with its settings as a structured config under ``cfg``."""
+    if os.path.isdir(path):
+        raise ConfigError(f"{FLAG} {path}: a folder; name a checkpoint in it, such as {path}/checkpoint_best.pt")
     if not os.path.isfile(path):
         raise ConfigError(f"{FLAG} {path}: no such file; name the checkpoint that fairseq-train wrote")
     try:
@@ -139,11 +166,34 @@ def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
             state = checkpoint_utils.load_checkpoint_to_cpu(path, settings)
     except ConfigError as error:
         raise ConfigError(f"{FLAG} {error}; name a file that fairseq-train wrote") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"--teacher-model-overrides {settings}: not for {path} ({_in_a_line(error)})") from error
     if state.get("args") is not None:
         state["cfg"], state["args"] = convert_namespace_to_omegaconf(state["args"]), None
     if state.get("cfg") is None or "model" not in state:
         raise ConfigError(f"{FLAG} {path}: not a checkpoint of fairseq: it has no settings or no model")
+    _check_overrides(path, settings, state["cfg"])
     return state
+
+
+def _check_overrides(path: str, settings: Dict[str, Any], cfg: Any) -> None:
+    """See that the task or the model of a teacher reads each of them: what else is in its file is not used."""
+    if not settings.keys() - {"data"}:
+        return
+    known = set(vars(cfg.task) if isinstance(cfg.task, Namespace) else cfg.task)
+    known |= settings_read(cfg.model) if cfg.model._name in ARCH_MODEL_REGISTRY else set(cfg.model)
+    # of an old file they replace what it says; a later one has its names elsewhere
+    known |= {key for key, part in (("arch", cfg.model), ("task", cfg.task)) if settings.get(key) == part._name}
+    known -= {"_name"}
+    for key, value in settings.items():
+        if key in ("task", "model") and isinstance(value, dict) and OmegaConf.is_config(cfg[key]):
+            continue  # omegaconf knows what these have
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            raise ConfigError(
+                f"--teacher-model-overrides {settings}: nothing reads '{key}', neither the model nor the task of "
+                f"{path}; {'near to it: ' + ', '.join(near) if near else 'leave it out'}"
+            )
 
 
 def _check_registered(path: str, kind: str, name: str, registry: Dict[str, Any]) -> None:
