@@ -20,6 +20,7 @@ import kd_ext  # noqa: F401  registers the task and its criterion
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import check_temperature
 from kd_ext.errors import ConfigError
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
+from kd_ext.upstream.command_line import list_alone
 
 TASK = "translation_with_kd"
 
@@ -61,6 +62,8 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="each loads the teacher, each on a GPU of its own"
     )
+    teacher = ("checkpoint-path", "model-overrides", "user-dir", "cache-dir", "cache-top-k")
+    list_alone(parser, ["--processes", *(f"--teacher-{name}" for name in teacher), "--kd-temperature"])
     args = options.parse_args_and_arch(parser, arguments)
     if args.task != TASK or args.criterion != CRITERION:
         raise ConfigError(f"--task {args.task} --criterion {args.criterion}: use --task {TASK} --criterion {CRITERION}")

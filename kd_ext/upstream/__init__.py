@@ -12,6 +12,7 @@ TOUCHES = (
     "atomic_saving",
     "bf16",
     "checkpoints",
+    "command_line",
     "damaged_checkpoints",
     "fast_path",
     "numpy_names",

@@ -1,0 +1,96 @@
+"""--help, and flags that are not understood, as they are typed."""
+
+import re
+
+import pytest
+from commands import PLUGIN, run
+
+OURS = ["--kd-strategy", "--teacher-checkpoint-path", "--teacher-cache-dir", "--alpha", "--kd-rate", "--kd-temperature"]
+OURS += ["--encoder-add-adapters", "--decoder-train-adapter", "--adapter-activation-fn", "--load-checkpoint-liberally"]
+OURS += ["--encoder-recurrent-stacking", "--decoder-factorized-embed-dim", "--run-sanity-validation-steps"]
+
+
+def groups(output):
+    """The flags of each titled part of a help text, in order."""
+    found, title = {}, None
+    for line in output.splitlines():
+        if re.match(r"[A-Za-z].*:$", line):
+            title = line[:-1]
+        flag = re.match(r"  (?:-\w(?: \S+)?, )?(--[\w-]+)", line)
+        if flag and title:
+            found.setdefault(title, []).append(flag[1])
+    return found
+
+
+def test_help_of_training(tmp_path):
+    result = run(tmp_path / "log", "fairseq-train", *PLUGIN, "--help")
+    assert result.returncode == 0
+    found = groups(result.output)
+    assert set(OURS) <= set(found["fairseq-kd-ext"])
+    assert next(iter(found)) == "fairseq-kd-ext"
+    everything = [flag for flags in found.values() for flag in flags]
+    assert len(everything) == len(set(everything)) > 150  # each once, and upstream's too
+    assert {"--max-tokens", "--save-dir", "--arch", "--clip-norm"} <= set(everything)
+    assert len(re.findall("usage: .*", result.output)) == 1
+    assert "--source-lang" not in found["fairseq-kd-ext"]  # upstream's, which this project's task inherits
+
+
+def test_help_of_the_cache(tmp_path):
+    result = run(tmp_path / "log", "kd_ext.teacher_cache", "--help")
+    assert result.returncode == 0
+    found = groups(result.output)
+    assert next(iter(found)) == "fairseq-kd-ext"
+    expected = ["--processes", "--teacher-checkpoint-path", "--teacher-model-overrides", "--teacher-user-dir"]
+    expected += ["--teacher-cache-dir", "--teacher-cache-top-k", "--kd-temperature"]
+    assert found["fairseq-kd-ext"] == expected
+
+
+@pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-interactive", "fairseq-validate"])
+def test_help_of_what_uses_a_student(tmp_path, command):
+    result = run(tmp_path / "log", command, *PLUGIN, "--help")
+    assert result.returncode == 0
+    expected = ["--activate-decoder-adapter", "--activate-encoder-adapter"]
+    assert groups(result.output)["fairseq-kd-ext"] == expected
+
+
+WRONG = {
+    "--kd-strategi X": "--kd-strategi: no such flag; near to it: --kd-strategy",
+    "--kd-strategi=X": "--kd-strategi: no such flag; near to it: --kd-strategy",
+    "--max-tokns 3": "--max-tokns: no such flag; near to it: --max-tokens",
+    "--zzzzzz": "--zzzzzz: no such flag; --help lists all",
+    "--alpha 0.3": "--alpha: not without --criterion label_smoothed_cross_entropy_with_kd",
+    "--teacher-cache-dir x": "--teacher-cache-dir: not without --task translation_with_kd",
+    "--encoder-add-adapters": "--encoder-add-adapters: not without --arch transformer_ext",
+    "--arch transformer_adaptor": "--arch transformer_adaptor: unknown; near to it: transformer_adapter",
+    "--task translation_kd": "--task translation_kd: unknown; near to it: translation",
+    "--lr-scheduler x": "argument --lr-scheduler: invalid choice: 'x' (choose from ",
+    "--max-update x": "argument --max-update: invalid int value: 'x'",
+    "--max-update": "argument --max-update: expected one argument",
+    "words": "words: no flag",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_flags_that_are_not_understood(tmp_path, flags):
+    result = run(tmp_path / "log", "fairseq-train", "data", *PLUGIN, "--arch", "transformer", *flags.split())
+    assert result.returncode == 2
+    lines = [line for line in result.output.splitlines() if "INFO" not in line]
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith(f"kd_ext: error: {WRONG[flags]}"), lines
+
+
+@pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-interactive", "fairseq-validate"])
+def test_flags_that_other_commands_do_not_understand(tmp_path, command):
+    result = run(tmp_path / "log", command, "data", *PLUGIN, "--path", "x", "--activate-encoder-adaptor", "hi")
+    assert result.returncode == 2
+    expected = "kd_ext: error: --activate-encoder-adaptor: no such flag; near to it: --activate-encoder-adapter"
+    assert result.last_line.startswith(expected)
+    assert "usage" not in result.output
+
+
+def test_flags_that_the_cache_does_not_understand(tmp_path):
+    result = run(tmp_path / "log", "kd_ext.teacher_cache", "data", "--teacher-cache-topk", "3")
+    assert result.returncode == 2
+    assert result.last_line.startswith(
+        "kd_ext: error: --teacher-cache-topk: no such flag; near to it: --teacher-cache-"
+    )
