@@ -15,15 +15,34 @@ class _Watcher:
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         # in sys.modules: another finder came first for the package itself (pytest has such a one)
-        if name in ("fairseq", "hydra") or "fairseq" in sys.modules or "hydra" in sys.modules:
-            try:
-                # a new list: in one that is gone through at this moment the next finder would be passed over
-                if cls in sys.meta_path:
-                    sys.meta_path = [finder for finder in sys.meta_path if finder is not cls]
-                    _apply()
-            except Exception as error:  # never break another program: fairseq's own error comes next
-                print(f"kd_ext: the start-up remedies for fairseq failed: {error!r}", file=sys.stderr)
-        return None
+        if name not in ("fairseq", "hydra") and "fairseq" not in sys.modules and "hydra" not in sys.modules:
+            return None
+        finders = sys.meta_path
+        if cls not in finders or not ("fairseq" in (name, *sys.modules) or _is_hydra(name)):
+            return None
+        # Out of the list itself: others may hold it, and put finders into it. Whoever goes through it at this moment
+        # passes over the next one, which is therefore asked here.
+        place = finders.index(cls)
+        del finders[place]
+        following = finders[place] if place < len(finders) else None
+        try:
+            _apply()
+        except Exception as error:  # never break another program: fairseq's own error comes next
+            print(f"kd_ext: the start-up remedies for fairseq failed: {error!r}", file=sys.stderr)
+        find = getattr(following, "find_spec", None)
+        return find(name, path, target) if find else None
+
+
+def _is_hydra(name):
+    """Whether the package hydra is Facebook's, and not one that the user has given that name."""
+    from importlib.machinery import PathFinder
+
+    if "hydra" in sys.modules:
+        folders = getattr(sys.modules["hydra"], "__path__", ())
+    else:
+        spec = PathFinder.find_spec("hydra") if name == "hydra" else None
+        folders = spec.submodule_search_locations or () if spec else ()
+    return any(os.path.isfile(os.path.join(folder, "_internal", "hydra.py")) for folder in folders)
 
 
 def _apply():

@@ -47,12 +47,21 @@ def _allow_config_defaults() -> None:
         if isinstance(default, dataclasses.Field):
             default = default.default
         kind = type(default)
-        if kind.__hash__ is None and kind.__module__.split(".")[0] in ("fairseq", "hydra"):
+        if kind.__hash__ is None and _is_of_fairseq_or_hydra(kind):
             kind.__hash__ = object.__hash__
         return make_field(cls, name, annotation, *rest)
 
     make_field_of_config._kd_ext = True
     dataclasses._get_field = make_field_of_config  # type: ignore[attr-defined]
+
+
+def _is_of_fairseq_or_hydra(kind: type) -> bool:
+    package = kind.__module__.split(".")[0]
+    if package != "hydra":
+        return package == "fairseq"
+    # a user's own package may have that name
+    folders = getattr(sys.modules.get("hydra"), "__path__", ())
+    return any(os.path.isfile(os.path.join(folder, "_internal", "hydra.py")) for folder in folders)
 
 
 def _restore_find_module() -> None:
