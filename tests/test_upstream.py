@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Dict, List, Optional
+from unittest.mock import MagicMock
 
 import pytest
 from commands import ROOT
@@ -61,6 +63,58 @@ def test_the_hook_takes_itself_out_without_a_trace():
     assert python(code) == (0, "None\n")
 
 
+def test_finders_that_are_put_in_through_an_older_reference_are_asked():
+    """Also in the middle of that import, before the hook and behind it; each that is asked is asked about all."""
+    code = (
+        "import sys, kd_ext_startup as s\n"
+        "held, asked = sys.meta_path, {'first': [], 'last': []}\n"
+        "def finder(key):\n"
+        "    class Finder:\n"
+        "        def find_spec(name, path=None, target=None): asked[key].append(name)\n"
+        "    return Finder\n"
+        "applied = []\n"
+        "def apply():\n"
+        "    applied.append(1)\n"
+        "    held.insert(0, finder('first'))\n"
+        "s._apply = apply\n"
+        "try: import hydra\nexcept ValueError: pass\n"  # no remedies: mutable default
+        "held.insert(0, finder('last'))\n"
+        "try: import not_there\nexcept ImportError: pass\n"
+        "assert sys.meta_path is held and s._Watcher not in held and applied == [1]\n"
+        "assert 'not_there' in asked['first'] and 'not_there' in asked['last'], asked\n"
+    )
+    assert python(code) == (0, "")
+
+
+HYDRAS = {
+    "package": "hydra/__init__.py",
+    "module": "hydra.py",
+}
+
+
+@pytest.mark.parametrize("kind", HYDRAS)
+def test_a_users_own_hydra_gets_no_remedy(tmp_path, kind):
+    """Until fairseq is imported: its classes are held to Python's rules then, too."""
+    file = tmp_path / HYDRAS[kind]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("from dataclasses import dataclass\n@dataclass\nclass Config:\n    x: int = 0\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import kd_ext_startup as s, hydra, json, string\n"
+        "assert hydra.Config.__module__ == 'hydra'\n"
+        "assert '_kd_ext_early' not in sys.modules and s._Watcher in sys.meta_path\n"
+        "import dataclasses, importlib.util\n"
+        "assert not hasattr(dataclasses._get_field, '_kd_ext')\n"
+        f"spec = importlib.util.spec_from_file_location('early', {str(ROOT / 'kd_ext' / 'upstream' / 'early.py')!r})\n"
+        "early = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(early)\nearly.apply()\n"
+        "try:\n    dataclasses.make_dataclass('B', [('a', hydra.Config, hydra.Config())])\n"
+        "    print('taken')\n"
+        "except ValueError: print('refused')\n"
+    )
+    expected = "refused" if sys.version_info >= (3, 11) else "taken"
+    assert python(code) == (0, f"{expected}\n")
+
+
 @NEEDS_START_UP
 def test_other_packages_are_held_to_the_rules():
     """Only defaults whose class is of fairseq or hydra are let through."""
@@ -98,6 +152,32 @@ def test_user_dir_under_every_spelling():
         "print('imported twice')"
     )
     assert python(code)[1].endswith("imported twice\n")
+
+
+class AnyTrainer:
+    """As much of a trainer as fairseq's own load_checkpoint uses."""
+
+    checkpoint_suffix = ""
+    lr_step = load_checkpoint = staticmethod(lambda *_, **__: None)
+
+    def get_train_iterator(self, **_):
+        return SimpleNamespace(epoch=1)
+
+
+@pytest.mark.parametrize("make", [MagicMock, AnyTrainer])
+def test_any_trainer_will_do_that_does_for_fairseq(make):
+    """A mock has every option and every number, and compares with none."""
+    from fairseq import checkpoint_utils
+
+    trainer, iterator = make(), SimpleNamespace(epoch=1)
+    if make is MagicMock:
+        trainer.load_checkpoint.return_value, trainer.checkpoint_suffix = None, ""
+        trainer.get_train_iterator.return_value = iterator
+    cfg = MagicMock(optimizer_overrides="{}", finetune_from_model=None, save_dir="no/where", restore_file="x.pt")
+    extra_state, found = checkpoint_utils.load_checkpoint(cfg, trainer)
+    assert extra_state is None
+    assert found.epoch == 1
+    assert not hasattr(found, "next_epoch_idx")  # training goes on
 
 
 def test_hooks_are_safe_to_apply_twice():

@@ -264,7 +264,7 @@ def _build_model(path: str, task: Any, model_cfg: Any, state: Dict[str, Any]) ->
     model.set_num_updates(history[-1].get("num_updates", 0))
     try:
         model.load_state_dict(state["model"], strict=True, model_cfg=model_cfg)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise ConfigError(
             f"{FLAG} {path}: its weights do not fit its settings ({' '.join(str(error).split())[:300]}); "
             "mend the settings by --teacher-model-overrides"

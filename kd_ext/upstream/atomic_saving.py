@@ -86,7 +86,7 @@ def _removing_parts(original):
     def load_checkpoint(cfg, trainer, **kwargs):
         # Here no worker can have begun to save: without rank 0 none can make an update. A run that saves nothing may
         # share its folder with one that does.
-        if trainer.data_parallel_rank == 0 and not cfg.no_save:
+        if getattr(trainer, "data_parallel_rank", None) == 0 and not cfg.no_save:
             for name in ("checkpoint*.pt", "crash.pt"):
                 for part in glob.glob(os.path.join(glob.escape(cfg.save_dir), name + PART)):
                     logger.info("removed %s: a run was killed while it saved", part)
