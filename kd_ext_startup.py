@@ -18,7 +18,8 @@ class _Watcher:
         if name not in ("fairseq", "hydra") and "fairseq" not in sys.modules and "hydra" not in sys.modules:
             return None
         finders = sys.meta_path
-        if cls not in finders or not ("fairseq" in (name, *sys.modules) or _is_hydra(name)):
+        is_fairseq = name == "fairseq" or "fairseq" in sys.modules
+        if cls not in finders or not (is_fairseq or _is_hydra(name)):
             return None
         # Out of the list itself: others may hold it, and put finders into it. Whoever goes through it at this moment
         # passes over the next one, which is therefore asked here.

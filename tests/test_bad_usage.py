@@ -92,6 +92,7 @@ OVERRIDES = {
     "{'activation_fn': 'no such'}": ["cannot be loaded so"],
     "{'model': 3}": ["nothing reads 'model'"],
     "{'task': 3}": ["nothing reads 'task'"],
+    "{'optimizer': []}": ["not for ", "give names and values"],
     "{'task': {'no such': 3}}": ["cannot be loaded so", "no such"],
     "{'arch': 'lstm'}": ["nothing reads 'arch'"],
     "{'encoder_layer': 2}": ["nothing reads 'encoder_layer'", "near to it: encoder_layer"],

@@ -1,5 +1,7 @@
 """A checkpoint's weights under other settings than their own: refused where they would compute something else."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from commands import run
@@ -97,6 +99,20 @@ def test_a_run_that_goes_on_under_other_settings(name):
     with pytest.raises(ConfigError) as error:
         check(trained, run, liberally=False, arch="transformer")
     assert str(error.value).startswith(message)
+
+
+def test_the_named_architecture_of_another_size():
+    """Heads and feed-forward width are those of the names; the rest is made small."""
+    small = {**both(embed_dim=16, layers=1), **TRAINED}
+    saved, base = (Namespace(arch=a, _name=a, **small) for a in ("transformer_iwslt_de_en", "transformer_adapter"))
+    src, prev = batch()
+    inputs = {"src_tokens": src, "src_lengths": src.ne(1).sum(1), "prev_output_tokens": prev}
+    probe = Probe(Task(), build_from(Namespace(**vars(saved))).state_dict(), inputs)
+    with pytest.raises(ConfigError) as error:
+        check_same_function("base.pt", saved, base, True, probe)
+    assert str(error.value).startswith("--decoder-attention-heads 8, --decoder-ffn-embed-dim 2048, --encoder-attention")
+    base.arch = base._name = "transformer_adapter_iwslt_de_en"
+    check_same_function("base.pt", saved, base, True, probe)
 
 
 def test_adapters_that_are_there_keep_their_settings():

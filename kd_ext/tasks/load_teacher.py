@@ -161,13 +161,7 @@ def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
         raise ConfigError(f"{FLAG} {path}: a folder; name a checkpoint in it, such as {path}/checkpoint_best.pt")
     if not os.path.isfile(path):
         raise ConfigError(f"{FLAG} {path}: no such file; name the checkpoint that fairseq-train wrote")
-    try:
-        with mapped_checkpoints():
-            state = checkpoint_utils.load_checkpoint_to_cpu(path, settings)
-    except ConfigError as error:
-        raise ConfigError(f"{FLAG} {error}; name a file that fairseq-train wrote") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"--teacher-model-overrides {settings}: not for {path} ({_in_a_line(error)})") from error
+    state = _read_state(path, settings)
     if state.get("args") is not None:
         state["cfg"], state["args"] = convert_namespace_to_omegaconf(state["args"]), None
     if state.get("cfg") is None or "model" not in state:
@@ -176,12 +170,22 @@ def _read_checkpoint(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     return state
 
 
+def _read_state(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
+    try:
+        with mapped_checkpoints():
+            return checkpoint_utils.load_checkpoint_to_cpu(path, settings)
+    except ConfigError as error:
+        if not settings:
+            raise ConfigError(f"{FLAG} {error}; name a file that fairseq-train wrote") from error
+    _read_state(path, {})  # if this works, it is not the file
+    raise ConfigError(f"--teacher-model-overrides {settings}: not for {path}; give names and values as it has them")
+
+
 def _check_overrides(path: str, settings: Dict[str, Any], cfg: Any) -> None:
     """See that the task or the model of a teacher reads each of them: what else is in its file is not used."""
-    if not settings.keys() - {"data"}:
+    if not settings.keys() - {"data"} or cfg.model._name not in {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}:
         return
-    known = set(vars(cfg.task) if isinstance(cfg.task, Namespace) else cfg.task)
-    known |= settings_read(cfg.model) if cfg.model._name in ARCH_MODEL_REGISTRY else set(cfg.model)
+    known = {"data", *(vars(cfg.task) if isinstance(cfg.task, Namespace) else cfg.task), *settings_read(cfg.model)}
     # of an old file they replace what it says; a later one has its names elsewhere
     known |= {key for key, part in (("arch", cfg.model), ("task", cfg.task)) if settings.get(key) == part._name}
     known -= {"_name"}

@@ -113,7 +113,7 @@ def _of_unknown(parser: argparse.ArgumentParser, flag: str) -> str:
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Of a value: with the near ones in place of all that there are."""
-    match = re.match(r"argument ([^/:\s]+)\S*: invalid choice: (.*?) \(", message, re.DOTALL)
+    match = re.match(r"argument ([^/:\s]+)\S*: invalid choice: ('[^']*'|\S+)", message)
     action: Optional[argparse.Action] = parser._option_string_actions.get(match[1]) if match else None
     if match and action is not None and action.choices is not None and len(list(action.choices)) > 10:
         near = _near(match[2].strip("'\""), list(action.choices))
