@@ -62,7 +62,7 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="each loads the teacher, each on a GPU of its own"
     )
-    teacher = ("checkpoint-path", "model-overrides", "user-dir", "cache-dir", "cache-top-k")
+    teacher = ("checkpoint-path", "model-overrides", "user-dir", "dtype", "cache-dir", "cache-top-k")
     list_alone(parser, ["--processes", *(f"--teacher-{name}" for name in teacher), "--kd-temperature"])
     args = options.parse_args_and_arch(parser, arguments)
     if args.task != TASK or args.criterion != CRITERION:

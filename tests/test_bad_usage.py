@@ -125,6 +125,7 @@ USER_DIRS = {
     "registered already": ("theirs/__init__.py", REGISTERS.format(model="transformer"), "theirs", "registered already"),
     "a file": ("theirs.py", "", "theirs.py", "it is a file"),
     "of another's name": ("json/__init__.py", "", "json", "another name"),
+    "of a module's name": ("math/__init__.py", "", "math", "another name"),
     "broken": ("theirs/__init__.py", "import no_such_module", "theirs", "no_such_module"),
     "not Python": ("theirs/__init__.py", "this is not\nPython", "theirs", "SyntaxError"),
     "ends": ("theirs/__init__.py", "1 / 0", "theirs", "ZeroDivisionError"),

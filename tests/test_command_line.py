@@ -8,6 +8,7 @@ from commands import PLUGIN, run
 OURS = ["--kd-strategy", "--teacher-checkpoint-path", "--teacher-cache-dir", "--alpha", "--kd-rate", "--kd-temperature"]
 OURS += ["--encoder-add-adapters", "--decoder-train-adapter", "--adapter-activation-fn", "--load-checkpoint-liberally"]
 OURS += ["--encoder-recurrent-stacking", "--decoder-factorized-embed-dim", "--run-sanity-validation-steps"]
+OURS += ["--teacher-dtype", "--torch-compile"]
 
 
 def groups(output):
@@ -41,7 +42,7 @@ def test_help_of_the_cache(tmp_path):
     found = groups(result.output)
     assert next(iter(found)) == "fairseq-kd-ext"
     expected = ["--processes", "--teacher-checkpoint-path", "--teacher-model-overrides", "--teacher-user-dir"]
-    expected += ["--teacher-cache-dir", "--teacher-cache-top-k", "--kd-temperature"]
+    expected += ["--teacher-dtype", "--teacher-cache-dir", "--teacher-cache-top-k", "--kd-temperature"]
     assert found["fairseq-kd-ext"] == expected
 
 
@@ -49,7 +50,7 @@ def test_help_of_the_cache(tmp_path):
 def test_help_of_what_uses_a_student(tmp_path, command):
     result = run(tmp_path / "log", command, *PLUGIN, "--help")
     assert result.returncode == 0
-    expected = ["--activate-decoder-adapter", "--activate-encoder-adapter"]
+    expected = ["--torch-compile", "--activate-encoder-adapter", "--activate-decoder-adapter"]
     assert groups(result.output)["fairseq-kd-ext"] == expected
 
 

@@ -107,7 +107,7 @@ def _import_user_dir(user_dir: str) -> None:
     except Exception as error:  # whatever is in it
         if os.path.isfile(user_dir):
             remedy = "it is a file; name the folder with the teacher's __init__.py"
-        elif "not globally unique" in str(error):
+        elif "not globally unique" in str(error) or "__path__" in str(error):  # of a module that is no package
             remedy = "another module of that name was imported before it; give the folder another name"
         elif "duplicate" in str(error):
             remedy = "what it registers is registered already: leave this flag out, or rename what it registers"

@@ -74,11 +74,12 @@ def _own_flags(parser: argparse.ArgumentParser) -> Dict[str, _Owned]:
 def _print_help(parser: argparse.ArgumentParser, file=None) -> None:
     """As argparse's, this project's flags first, and a short usage."""
     from kd_ext.models.extension_flags import SIDES, activation_key
-    from kd_ext.upstream.sanity_validation import OPTION
+    from kd_ext.upstream import sanity_validation, torch_compile
 
-    moved = {"--" + key.replace("_", "-") for key in (OPTION, *map(activation_key, SIDES))}
+    names = (sanity_validation.OPTION, torch_compile.OPTION, *map(activation_key, SIDES))
+    moved = ["--" + name.replace("_", "-") for name in names]
     own = _own_flags(parser)
-    listed = getattr(parser, _LISTED, None) or [*own, *sorted(moved)]
+    listed = getattr(parser, _LISTED, None) or [*own, *moved]
     group = argparse._ArgumentGroup(parser, GROUP)
     for name in listed:
         action = parser._option_string_actions.get(name)

@@ -85,11 +85,11 @@ def _check_function(trainer, filename, state) -> None:
 def _batch_to_compare(task):
     """What a model is given of a few sentences: those of validation are there before anything is loaded."""
     dataset = next(iter(getattr(task, "datasets", {}).values()), None)
-    if not dataset:
+    try:
+        with random_state_kept():  # some datasets draw what they hide
+            return dataset.collater([dataset[i] for i in range(min(3, len(dataset)))])["net_input"]
+    except Exception:  # there is none, it is empty, or of another kind
         return None
-    with random_state_kept():  # some datasets draw what they hide
-        batch = dataset.collater([dataset[i] for i in range(min(3, len(dataset)))])
-    return batch.get("net_input")
 
 
 def _from_rank_0(trainer, found):
