@@ -13,18 +13,16 @@ from torch import Tensor
 
 import kd_ext  # noqa: F401  registers the architectures, and lets fairseq's checkpoints be read
 from kd_ext.errors import ConfigError
+from kd_ext.files import adapter_file
+from kd_ext.files.adapter_file import FORMAT, setting_keys
 from kd_ext.files.fingerprint import is_weight, model_fingerprint
 from kd_ext.files.reading import explained
 from kd_ext.files.safe_loading import load
-from kd_ext.files.writing import written_whole
+from kd_ext.files.settings import check
+from kd_ext.files.writing import PART, check_output, written_whole
 from kd_ext.models.extension_flags import SIDES, activation_key
 from kd_ext.models.saved_settings import get, model_settings
 from kd_ext.modules.adapter import adapter_of
-
-FORMAT = "kd_ext adapter 1"
-# per side: what all adapters of a side have in common, saved as text
-SIDE_SETTINGS = ("adapter_reduction_factor", "adapter_use_gating")
-SHARED_SETTINGS = ("adapter_activation_fn",)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -78,8 +76,10 @@ def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) 
     """Write the adapters of one id, of one `side` or of both, to the file `output`; returns what was done.
 
     Raises:
-        ConfigError: if the checkpoint has no such adapter; the message lists those that it has
+        ConfigError: if the checkpoint has no such adapter; the message lists those that it has. If `output` is there,
+            and is not a file of adapters
     """
+    target = check_output(output, [path], adapter_file.read)
     state = _read_checkpoint(path)
     model, settings = state["model"], model_settings(state)
     sides = [s for s in SIDES if s in (side or s) and adapter_id in _ids(model, s)]
@@ -87,15 +87,15 @@ def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) 
         known = "; ".join(f"{s} {', '.join(_ids(model, s)) or 'none'}" for s in SIDES)
         where = f" on the {side}" if side else ""
         raise ConfigError(f"id {adapter_id}: {path} has no such adapter{where}; it has: {known}")
-    keys = [f"{s}_{key}" for s in sides for key in SIDE_SETTINGS] + list(SHARED_SETTINGS)
     file = {
         "format": FORMAT,
         "id": adapter_id,
         "base": fingerprint(model),
-        "settings": {key: str(get(settings, key)) for key in keys},
+        "settings": {key: str(get(settings, key)) for key in setting_keys(sides)},
         "tensors": {name: tensor.clone() for name, tensor in _tensors(model, adapter_id, sides).items()},
     }
-    _write(file, output)
+    adapter_file.check_fits(path, file, model, settings)
+    _write(file, target)
     return (
         f"wrote {output}: adapter {adapter_id} of the {' and the '.join(sides)}, {os.path.getsize(output):,} bytes "
         f"({os.path.getsize(output) / _model_bytes(model):.1%} of the model)"
@@ -109,19 +109,22 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
     that was trained in the precision of `path`.
 
     Raises:
-        ConfigError: if a file is no adapter, is of another base, or contradicts what is there
+        ConfigError: if a file is no adapter, is of another base, or contradicts what is there. If `output` is there,
+            and is no checkpoint, or one of those that are read
     """
+    target = check_output(output, [path, *adapters], _read_checkpoint)
     state = _read_checkpoint(path)
     model, settings = dict(state["model"]), model_settings(state)
     _use_our_architecture(path, settings)
     base = fingerprint(model)
     for file_name in adapters:
-        file = _read_adapter(file_name)
+        file = adapter_file.read(file_name)
         if file["base"] != base and file["base"] not in _rounded_fingerprints(model):
             raise ConfigError(
                 f"{file_name}: its adapter {file['id']} is of base {file['base']}, and {path} is of base {base}; "
                 "name the checkpoint that it was trained on"
             )
+        adapter_file.check_fits(file_name, file, model, settings)
         _take_settings(file_name, file, model, settings)
         for name, tensor in file["tensors"].items():
             if name in model and not torch.equal(model[name], tensor):
@@ -138,7 +141,7 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
         _set(settings, activation_key(side), None)
     # the optimizer's state is of the parameters that the checkpoint trained
     merged = {key: value for key, value in state.items() if key != "last_optimizer_state"}
-    _write({**merged, "model": model}, output)
+    _write({**merged, "model": model}, target)
     listed = "; ".join(f"{side} {', '.join(_ids(model, side)) or 'none'}" for side in SIDES)
     return f"wrote {output}: {listed}; choose by --activate-encoder-adapter and --activate-decoder-adapter"
 
@@ -200,7 +203,7 @@ def _use_our_architecture(path: str, settings: Any) -> None:
     from kd_ext.models.transformer_ext import TransformerExtModel
 
     name = get(settings, "arch") or get(settings, "_name")
-    model_class = ARCH_MODEL_REGISTRY.get(name)
+    model_class = ARCH_MODEL_REGISTRY.get(name) if isinstance(name, str) else None
     if model_class is TransformerModel:
         _set(settings, "arch", "transformer_ext")
         _set(settings, "_name", "transformer_ext")
@@ -213,22 +216,21 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
     try:
         with explained(path, "checkpoint of fairseq"):
             state = load(path)
+            check(path, state)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a checkpoint that fairseq-train wrote") from None
-    if not isinstance(state, dict) or "model" not in state or not model_settings(state):
+    if not isinstance(state, dict) or not _has_model(state):
         raise ConfigError(f"{path}: not a checkpoint of fairseq: it has no settings or no model")
     return state
 
 
-def _read_adapter(path: str) -> Dict[str, Any]:
-    try:
-        with explained(path, "file of adapters"):
-            file = load(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; name one that export wrote") from None
-    if not isinstance(file, dict) or file.get("format") != FORMAT:
-        raise ConfigError(f"{path}: not a file of adapters; name one that export wrote")
-    return file
+def _has_model(state: Dict[str, Any]) -> bool:
+    weights, cfg = state.get("model"), state.get("cfg")
+    if not isinstance(weights, dict) or (cfg and not (isinstance(cfg, dict) and "model" in cfg)):
+        return False
+    if not isinstance(model_settings(state), (dict, argparse.Namespace)):
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
 def _set(settings: Any, key: str, value: Any) -> None:
@@ -239,10 +241,7 @@ def _set(settings: Any, key: str, value: Any) -> None:
 
 
 def _write(content: Dict[str, Any], path: str) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise ConfigError(f"{path}: no folder {folder}; make it first")
-    with written_whole(path) as file:
+    with written_whole(path, f"{path}.{os.getpid()}{PART}") as file:
         torch.save(content, file)
 
 

@@ -14,6 +14,7 @@ from test_adapter_files import base, trained  # noqa: F401  fixtures
 
 from kd_ext import adapters
 from kd_ext.errors import ConfigError
+from kd_ext.files import adapter_file
 from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
 TRIALS = 20  # of each damage to each kind of file
@@ -85,7 +86,7 @@ def test_damaged_checkpoints_that_are_mapped(student, tmp_path, damage):
 def test_damaged_files_of_adapters(trained, tmp_path, damage):  # noqa: F811
     path = tmp_path / "hi.adapter"
     adapters.export(trained["hi"][0], "hi", str(path))
-    read = lambda path: adapters._read_adapter(str(path))  # noqa: E731
+    read = lambda path: adapter_file.read(str(path))  # noqa: E731
     assert count_errors(path, read, damage) > TRIALS / 2
 
 

@@ -1,26 +1,38 @@
 """Reading files that torch wrote: whatever is wrong with one is an error of one line."""
 
 import contextlib
+import os
 import re
+import stat
+import tarfile
 import zipfile
-from typing import Iterator
+from typing import Iterator, Optional
 
 from kd_ext.errors import ConfigError
+
+MOST_TIMES = 20  # that an archive unfolds to its own size; torch compresses nothing
+# torch < 1.6 and its option write this number first, then pickles
+_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+# by which torch advises to load a file unsafely
+_ADVICE = re.compile(r"weights_only|add_safe_globals|arbitrary code", re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def explained(path: str, expected: str) -> Iterator[None]:
-    """Check the sums in `path`, then explain any error of what is run inside, which reads that file.
+    """Check the form and the sums of `path`, then explain any error of what is run inside, which reads that file.
 
-    torch does not check them: a weight with a flipped bit would be loaded.
+    torch does not check sums: a weight with a flipped bit would be loaded.
 
     Args:
         expected: what the file should be, for the messages
 
     Raises:
-        ConfigError: the file is damaged, is no such file, or refers to what could run code
+        ConfigError: the file is damaged, is no such file, cannot be read, or refers to what could run code
     """
     try:
+        refusal = _refusal(path)
+        if refusal is not None:
+            raise ConfigError(f"{path}: refused, it is {refusal}, and no {expected} is")
         changed = _changed_part(path)
         if changed is not None:
             raise ValueError(f"{changed} is not as it was written")
@@ -29,12 +41,48 @@ def explained(path: str, expected: str) -> Iterator[None]:
         raise
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: a folder; name a {expected} in it") from error
-    except PermissionError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError as error:  # what the system says is no damage
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the bytes of a file can make torch raise anything
         if "allocate memory" in str(error):  # torch has no MemoryError
             raise
         raise _explanation(path, expected, error) from error
+
+
+def require_regular(path: str) -> None:
+    """See that `path`, if there is such a thing, is a file that can be read to its end: of a pipe none may come.
+
+    Raises:
+        ConfigError: it is a folder, a pipe, a device, ...
+        OSError: the system does not say what it is
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file, but a pipe, a socket or a device"
+        raise ConfigError(f"{path}: {what}; name a file")
+
+
+def _refusal(path: str) -> Optional[str]:
+    """What the file is, if that is nothing that torch would read safely, or within bounds."""
+    require_regular(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unfolded, size = sum(part.file_size for part in archive.infolist()), os.path.getsize(path)
+        if unfolded > MOST_TIMES * size:
+            return f"an archive of {size:,} bytes that unfolds to {unfolded:,}"
+        return None
+    with open(path, "rb") as file:
+        begin = file.read(64)
+    if _MAGIC in begin or begin[:2] == b"PK":  # an archive without its end is damaged
+        return None
+    if begin[:1] == b"\x80":
+        return "a bare pickle, which could run code"
+    if tarfile.is_tarfile(path):
+        return "a tar archive, which could run code"
+    raise ValueError("it does not begin as one")
 
 
 def _explanation(path: str, expected: str, error: Exception) -> ConfigError:
@@ -42,12 +90,14 @@ def _explanation(path: str, expected: str, error: Exception) -> ConfigError:
     if foreign:
         reason = f"refused, it refers to {foreign[1]}, which no {expected} does: loading it could run code"
     else:
-        cause = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        reason = f"damaged, cut short, or not a {expected} ({cause})"
+        said = (str(error).strip().splitlines() or [""])[0]
+        if _ADVICE.search(said):
+            said = "torch finds in it what is not in files of tensors"
+        reason = f"damaged, cut short, or not a {expected} ({type(error).__name__}: {said})"
     return ConfigError(f"{path}: {reason}")
 
 
-def _changed_part(path: str):
+def _changed_part(path: str) -> Optional[str]:
     """The first part of an archive whose checksum is wrong; None for a sound one, and for what is no archive."""
     if not zipfile.is_zipfile(path):
         return None

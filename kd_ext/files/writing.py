@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from typing import Any, BinaryIO, Iterator, Optional
+import stat
+from typing import Any, BinaryIO, Callable, Iterator, Optional, Sequence
 
 from kd_ext.errors import ConfigError
 
@@ -10,33 +11,71 @@ PART = ".tmp"
 
 
 @contextlib.contextmanager
-def written_whole(path: str) -> Iterator["_Writer"]:
+def written_whole(path: str, part: Optional[str] = None) -> Iterator["_Writer"]:
     """A file that takes the place of `path`, in one step, at the end of the block.
 
     Until then it lies beside, under a name of its own: killed at any moment, or out of room, `path` is what it was.
     What a kill leaves behind is overwritten by the next attempt. The content is on the disk before it gets the
     name, so that a loss of power cannot part them.
 
+    Args:
+        part: where it lies until then, under a name that nothing has; None: under that of `path` with ``.tmp``
+
     Raises:
         ConfigError: the system refuses to write it; nothing of it is left
     """
-    part = path + PART
     try:
-        with open(part, "wb") as file:
+        file = open(part or path + PART, "xb" if part else "wb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        with file:
             writer = _Writer(file)
             yield writer
             if writer.error is not None:
                 raise writer.error
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(file.name, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.unlink(part)
+            os.unlink(file.name)
         refusal = _refusal(error)
         if refusal is not None:
-            raise ConfigError(f"{path}: cannot be written: {refusal.strerror or refusal}") from error
+            raise _refused(path, refusal) from error
         raise
+
+
+def check_output(path: str, inputs: Sequence[str], check_same_kind: Callable[[str], Any]) -> str:
+    """See that a command's output destroys nothing: it takes the place of no file but an older output.
+
+    Args:
+        path: that was asked for
+        inputs: what the command reads
+        check_same_kind: raises ConfigError for a file that is no output of such a command
+
+    Returns:
+        the path to write: of a link what it points to
+
+    Raises:
+        ConfigError: it is read, is no regular file or one of another kind, or its folder does not exist
+    """
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{path}: no folder {folder}; make it first")
+    if not os.path.lexists(target):
+        return target
+    for name in inputs:
+        if os.path.exists(name) and os.path.samefile(name, target):
+            raise ConfigError(f"{path}: this command reads it, and would replace it; name another file to write")
+    if not stat.S_ISREG(os.stat(target).st_mode):
+        raise ConfigError(f"{path}: is there, and no regular file; name another file to write")
+    try:
+        check_same_kind(target)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: is there, and not what this command writes; name another file to write") from error
+    return target
 
 
 class _Writer:
@@ -56,6 +95,10 @@ class _Writer:
 
     def flush(self) -> None:
         """At the end of the block."""
+
+
+def _refused(path: str, refusal: OSError) -> ConfigError:
+    return ConfigError(f"{path}: cannot be written: {refusal.strerror or refusal}")
 
 
 def _refusal(error: Optional[BaseException]) -> Optional[OSError]:

@@ -14,7 +14,9 @@ TOUCHES = (
     "checkpoints",
     "command_line",
     "damaged_checkpoints",
+    "evaluated_settings",
     "fast_path",
+    "held_folder",  # after atomic_saving, which removes what a killed run has left
     "numpy_names",
     "one_line_errors",
     "patience",

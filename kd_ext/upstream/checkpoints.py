@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-from kd_ext.files import safe_loading
+from kd_ext.files import safe_loading, settings
 
 
 class _SafelyLoadingTorch(ModuleType):
@@ -23,7 +23,9 @@ class _SafelyLoadingTorch(ModuleType):
     @staticmethod
     def load(file, map_location="cpu", **_):
         # what else fairseq may be made to ask for is to load unsafely
-        return safe_loading.load(file, map_location)
+        state = safe_loading.load(file, map_location)
+        settings.check(str(getattr(file, "name", file)), state)
+        return state
 
     def __getattr__(self, name):
         return getattr(torch, name)

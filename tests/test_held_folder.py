@@ -1,0 +1,171 @@
+"""One run at a time writes into a folder, and nothing that it reads lies under a name that it writes."""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import ENVIRONMENT, Forked, Result, launcher, script
+from conftest import KD, SIZES, TRAINING
+
+from kd_ext.errors import ConfigError
+from kd_ext.files import folder_lock
+
+UPSTREAM = ["--criterion", "label_smoothed_cross_entropy"]
+ENDLESS = [*UPSTREAM, "--max-epoch", 10**6, "--save-interval-updates", 1, "--keep-interval-updates", 1]
+ENDLESS += ["--no-epoch-checkpoints", "--disable-validation"]
+
+
+def state(folder):
+    """What is in a folder but for what a live run writes all the time."""
+    return sorted(path.name for path in folder.iterdir() if not re.match("checkpoint|log", path.name))
+
+
+def wait_for(condition):
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() < begin + 200
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def live(data, tmp_path):
+    """A run that trains, and saves after every update, until the test kills it."""
+    folder = tmp_path / "run"
+    command = [data, *TRAINING, "--arch", "transformer", *SIZES, "--save-dir", folder, *ENDLESS]
+    process = Forked(tmp_path / "live.log", "fairseq-train", *command)
+    wait_for(lambda: (folder / "checkpoint_last.pt").exists() or not process._process.is_alive())
+    yield folder, process
+    if process._process.is_alive():
+        process.kill_when(lambda: True)
+
+
+def updates(process):
+    return process.output.count("num_updates=")
+
+
+def assert_goes_on(process):
+    before = updates(process)
+    wait_for(lambda: updates(process) > before + 3 or not process._process.is_alive())
+    assert process._process.is_alive(), process.output[-2000:]
+
+
+def refusal(folder):
+    return (
+        rf"kd_ext: error: --save-dir {folder}: a run is training there \(process \d+ on .*\); wait for its end, or .*"
+    )
+
+
+def test_a_second_start_touches_nothing(live, train, data, tmp_path):
+    """Of any kind: with nothing left to train, with the same flags, through another spelling, of two workers."""
+    folder, process = live
+    (tmp_path / "link").symlink_to(folder)
+    for flags in (["--max-update", 1], ["--save-dir", tmp_path / "link", "--reset-optimizer"]):
+        result = train(tmp_path / "log", *UPSTREAM, "--save-dir", folder, *flags)
+        assert result.returncode != 0
+        assert re.fullmatch(refusal(tmp_path / "link" if "--save-dir" in flags else folder), result.last_line)
+        assert "Traceback" not in result.output
+        assert "loading" not in result.output.lower()
+        assert_goes_on(process)
+    command = [data, *TRAINING, "--arch", "transformer", *SIZES, *UPSTREAM, "--save-dir", folder, "--max-update", 1]
+    command += ["--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"]
+    result = as_typed(*launcher(2), script("fairseq-train"), *command)
+    assert result.returncode != 0
+    assert re.search(refusal(folder), result.output), result.output
+    assert_goes_on(process)
+    assert state(folder) == [folder_lock.NAME]
+    assert train(tmp_path / "log", *UPSTREAM, "--save-dir", folder, "--no-save", "--max-update", 1).returncode == 0
+    assert train(tmp_path / "log", *UPSTREAM, "--save-dir", tmp_path / "own", "--max-update", 1).returncode == 0
+    assert_goes_on(process)
+
+
+def test_a_killed_run_holds_nothing(live, train, tmp_path):
+    """Not even while its loaders of data are still there."""
+    folder, process = live
+    process.kill_when(lambda: True)
+    result = train(tmp_path / "log", *UPSTREAM, "--save-dir", folder, "--max-update", 10**5, "--stop-time-hours", 1e-9)
+    assert result.returncode == 0, result.output
+    assert "Loaded checkpoint" in result.output
+
+
+def as_typed(*command) -> Result:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([str(part) for part in command], env=ENVIRONMENT, timeout=300, **output)
+    return Result(done.returncode, done.stdout)
+
+
+HOLDER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from kd_ext.files.folder_lock import hold
+hold(sys.argv[1], "--save-dir")
+if os.fork() == 0:  # as a loader of data, which outlives its parent for a moment
+    time.sleep(60)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def another(tmp_path):
+    """A process that holds the folder, and has a child."""
+    root = os.path.dirname(os.path.dirname(__file__))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER.format(root=root), tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    process.kill()
+
+
+def test_the_lock_ends_with_its_process(another, tmp_path):
+    holder = another.stdout.readline().strip()
+    with pytest.raises(ConfigError, match=rf"--save-dir {tmp_path}: a run is training there \(process {holder} on "):
+        folder_lock.hold(str(tmp_path), "--save-dir")
+    another.kill()
+    another.wait()
+    folder_lock.hold(str(tmp_path), "--save-dir")
+    folder_lock.hold(str(tmp_path) + "/.", "--save-dir")  # its own
+    assert is_held(tmp_path)
+    (tmp_path / "next").mkdir()
+    folder_lock.hold(str(tmp_path / "next"), "--save-dir")
+    assert is_held(tmp_path / "next")
+    assert not is_held(tmp_path)
+
+
+def is_held(folder):
+    """As another process sees it."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    return subprocess.run([sys.executable, "-c", code, folder / folder_lock.NAME], stderr=-3).returncode != 0
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_where_there_are_no_locks_the_log_says_so(tmp_path, monkeypatch, caplog, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    folder_lock.hold(str(tmp_path), "--save-dir")
+    assert f"--save-dir {tmp_path}: no lock can be had there ({os.strerror(error)})" in caplog.text
+
+
+def test_what_is_read_does_not_lie_where_the_run_writes(train, teacher, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    for name, is_in_the_way in (("checkpoint_best.pt", True), ("checkpoint3.pt", True), ("teacher.pt", False)):
+        shutil.copy(teacher, folder / name)
+        path = tmp_path / "link" / name
+        flags = [*UPSTREAM, "--save-dir", folder, "--max-update", 1, "--finetune-from-model", path]
+        result = train(tmp_path / "log", *flags)
+        assert (result.returncode != 0) == is_in_the_way, result.output
+        if is_in_the_way:
+            assert result.last_line.startswith(f"kd_ext: error: --finetune-from-model {path}: the run would write over")
+            assert path.read_bytes() == teacher.read_bytes()
+    flags = [*KD, "--teacher-checkpoint-path", folder / "checkpoint_best.pt"]
+    result = train(tmp_path / "log", "--save-dir", folder, "--max-update", 2, *flags)
+    assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {folder}/checkpoint_best.pt: the run")
