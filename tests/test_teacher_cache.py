@@ -1,6 +1,7 @@
 """A kept teacher: training from files is training with the teacher, and wrong or damaged files are refused."""
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -365,11 +366,119 @@ def test_made_in_a_folder_that_is_there(tmp_path):
     """Also behind a link, and where a process was killed while it made one."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder/manifest.json.tmp").write_text(json.dumps(MANIFEST))
     (tmp_path / "folder/words.npy").write_bytes(b"half")
     assert read_manifest(str(tmp_path / "link")) == {}
     create(str(tmp_path / "link"), MANIFEST, LENGTHS)
     assert read_manifest(str(tmp_path / "folder")) == MANIFEST
     assert not CacheFiles(str(tmp_path / "folder"), MANIFEST, LENGTHS, writable=False).there(np.arange(4)).any()
+
+
+@pytest.mark.parametrize("step", range(13))
+def test_killed_while_it_is_made(tmp_path, step):
+    """At any moment: the next attempt makes it."""
+    folder = str(tmp_path / "cache")
+    child = os.fork()
+    if child == 0:
+        calls = iter(range(100))
+
+        def dying(function):
+            return lambda *args, **kwargs: os._exit(9) if next(calls) == step else function(*args, **kwargs)
+
+        for name in ("replace", "fsync", "open", "posix_fallocate"):
+            setattr(os, name, dying(getattr(os, name)))
+        create(folder, MANIFEST, LENGTHS)
+        os._exit(0)
+    assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 9
+    assert read_manifest(folder) == {}
+    create(folder, MANIFEST, LENGTHS)
+    assert read_manifest(folder) == MANIFEST
+    assert sorted(os.listdir(folder)) == ["manifest.json", "probs.npy", "sums.npy", "words.npy"]
+
+
+@pytest.mark.parametrize("name", ["words.npy", "probs.npy", "sums.npy", "manifest.json.tmp", "notes", ".hidden"])
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_users_own_files_stay(tmp_path, monkeypatch, name, kind):
+    """Also where making a cache would fail, which removes what it has made."""
+    folder, own = tmp_path / "folder", tmp_path / "own"
+    folder.mkdir()
+    own.write_bytes(b"embeddings")
+    if kind == "folder":
+        (folder / name).mkdir()
+    elif kind == "link":
+        (folder / name).symlink_to(own)
+    else:
+        (folder / name).write_bytes(b"embeddings")
+    monkeypatch.setattr(os, "posix_fallocate", None)
+    is_unfinished = name == "manifest.json.tmp" and kind != "link"  # what an attempt may have left, without a word
+    for ask in (lambda: read_manifest(str(folder)), lambda: create(str(folder), MANIFEST, LENGTHS)):
+        if is_unfinished:
+            continue
+        with pytest.raises(
+            ConfigError, match=rf"--teacher-cache-dir {folder}: it is no teacher cache, and has .*{name}"
+        ):
+            ask()
+    assert os.listdir(folder) == [name]
+    assert own.read_bytes() == b"embeddings"
+    if kind == "file":
+        assert (folder / name).read_bytes() == b"embeddings"
+
+
+SYSTEM_ERRORS = {
+    errno.ENOMEM: "ulimit -v",
+    errno.EMFILE: "ulimit -n",
+    errno.EIO: "disk",
+    errno.EROFS: "name another folder",
+    errno.EACCES: "name another folder",
+}
+
+
+@pytest.mark.parametrize("error", SYSTEM_ERRORS)
+@pytest.mark.parametrize("name", ["manifest.json", "words.npy", "probs.npy", "sums.npy"])
+def test_what_the_system_says_is_no_damage(tmp_path, monkeypatch, error, name):
+    create(str(tmp_path), MANIFEST, LENGTHS)
+    opened = open
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith(name):
+            raise OSError(error, os.strerror(error))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(ConfigError) as raised:
+        CacheFiles(str(tmp_path), read_manifest(str(tmp_path)), LENGTHS, writable=True)
+    message = str(raised.value)
+    assert message.startswith(f"--teacher-cache-dir: {tmp_path}")
+    assert os.strerror(error) in message
+    assert SYSTEM_ERRORS[error] in message
+    assert "damaged" not in message
+    assert "remove" not in message
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "words.npy", "probs.npy", "sums.npy"])
+def test_a_pipe_in_place_of_a_file(tmp_path, name):
+    create(str(tmp_path), MANIFEST, LENGTHS)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"^--teacher-cache-dir: {tmp_path}/{name}: no regular file"):
+        CacheFiles(str(tmp_path), read_manifest(str(tmp_path)), LENGTHS, writable=False)
+
+
+BROKEN = [{"vocabulary": 11}, {"top_k": 3}, {"top_k": "3", "vocabulary": 11}, {"top_k": 3, "vocabulary": "100"}]
+BROKEN += [{"top_k": 12, "vocabulary": 11}, {"top_k": 0, "vocabulary": 11}, {"top_k": True, "vocabulary": 11}]
+BROKEN += [{"top_k": None, "vocabulary": None}, {"top_k": 3.0, "vocabulary": 11}, [], [1], "x", None, 7, {}]
+BROKEN += [{"top_k": [3], "vocabulary": {}}]
+
+
+@pytest.mark.parametrize("content", [*map(json.dumps, BROKEN), "", "{", "[" * 10**5, "1" * 10**5, '{"top_k": NaN}'])
+def test_a_manifest_that_is_none(tmp_path, content):
+    create(str(tmp_path), MANIFEST, LENGTHS)
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        read_manifest(str(tmp_path))
+    assert str(raised.value).startswith(f"--teacher-cache-dir: {tmp_path}/manifest.json: ")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
 
 
 def make_one(folder):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_ext.errors import ConfigError
-from kd_ext.files.cache_files import FLAG, CacheFiles, Listed, create, read_manifest
+from kd_ext.files.cache_files import FLAG, CacheFiles, Listed, check_parts, create, read_manifest
 from kd_ext.files.trained_with import of_dictionaries
 from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
@@ -96,6 +96,8 @@ class CachedTeacher:
         Raises:
             ConfigError: the files belong to something else or are damaged, or a teacher is needed and was not given
         """
+        if shard:
+            check_parts(self._folder)
         folder = os.path.join(self._folder, shard) if shard else self._folder
         lengths = np.asarray(dataset.tgt_sizes, dtype=np.int64)
         expected = self._manifest(np.asarray(dataset.src_sizes, dtype=np.int64), lengths)
@@ -207,13 +209,13 @@ class CachedTeacher:
         if self._top_k is not None:
             expected = {**expected, "top_k": self._top_k}
         differing = [key for key in expected if found.get(key) != expected[key]]
-        if not differing and isinstance(found.get("top_k"), int):
+        if not differing:
             return
-        key = (differing or ["top_k"])[0]
+        key = differing[0]
         flag, value, remedy = {
-            "top_k": ("--teacher-cache-top-k", self._top_k, f"use {found.get(key)}"),
-            "temperature": ("--kd-temperature", self._temperature, f"use {found.get(key)}"),
-            "teacher": ("--teacher-checkpoint-path", self._source.path, f"name {found.get('teacher_path')}"),
+            "top_k": ("--teacher-cache-top-k", self._top_k, f"use {_shown(found.get(key))}"),
+            "temperature": ("--kd-temperature", self._temperature, f"use {_shown(found.get(key))}"),
+            "teacher": ("--teacher-checkpoint-path", self._source.path, f"name {_shown(found.get('teacher_path'))}"),
             "lengths_of_sentences": (FLAG, folder, "name that data, with the same flags (--num-batch-buckets, ...)"),
         }.get(key, (FLAG, folder, "name that data"))
         what = key.replace("_", " ")
@@ -317,6 +319,11 @@ class _Sentences(NamedTuple):
             for source, target in zip(sources, targets)
         ]
         return cls(sample["id"].cpu().numpy(), real.sum(1).cpu().numpy(), texts, real)
+
+
+def _shown(value: Any) -> str:
+    """A value from a manifest, on one line of a message."""
+    return " ".join(str(value).split())[:200]
 
 
 def _digest(content: bytes) -> str:
