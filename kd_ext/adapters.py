@@ -15,6 +15,7 @@ import kd_ext  # noqa: F401  registers the architectures, and lets fairseq's che
 from kd_ext.errors import ConfigError
 from kd_ext.files import adapter_file
 from kd_ext.files.adapter_file import FORMAT, setting_keys
+from kd_ext.files.base_settings import deciding
 from kd_ext.files.fingerprint import is_weight, model_fingerprint
 from kd_ext.files.reading import explained
 from kd_ext.files.safe_loading import load
@@ -92,6 +93,7 @@ def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) 
         "id": adapter_id,
         "base": fingerprint(model),
         "settings": {key: str(get(settings, key)) for key in setting_keys(sides)},
+        "base_settings": deciding(settings),
         "tensors": {name: tensor.clone() for name, tensor in _tensors(model, adapter_id, sides).items()},
     }
     adapter_file.check_fits(path, file, model, settings)
@@ -125,6 +127,7 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
                 "name the checkpoint that it was trained on"
             )
         adapter_file.check_fits(file_name, file, model, settings)
+        adapter_file.check_base_settings(file_name, file, path, deciding(settings))
         _take_settings(file_name, file, model, settings)
         for name, tensor in file["tensors"].items():
             if name in model and not torch.equal(model[name], tensor):

@@ -2,8 +2,11 @@
 
 import copy
 import errno
+import os
 import pickle
+import stat
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +229,193 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, trained, monkeypatch):
         tool.export(trained["ta"][0], "ta", str(file))
     assert file.read_bytes() == before
     assert {p.name for p in tmp_path.iterdir()} == {"base.pt", "hi.pt", "ta.pt", "hi"}
+
+
+def mutated(path, file, **changes):
+    torch.save({**file, **changes}, path)
+    return str(path)
+
+
+@pytest.fixture
+def hi(tmp_path, trained):
+    """A file of the adapter ``hi``: its path and its content."""
+    tool.export(trained["hi"][0], "hi", str(tmp_path / "hi.adapter"))
+    return str(tmp_path / "hi.adapter"), read(tmp_path / "hi.adapter")
+
+
+NAME = "encoder.layers.0.adapters.hi.up.weight"
+CODE = "__import__('pathlib').Path('ran').write_text('x') and None"
+# how the entries of a file are changed, and what is said
+ENTRIES = {
+    "foreign": (lambda f: {"foreign": 1}, "'foreign' is in it"),
+    "id": (lambda f: {"id": "h.i"}, "its id 'h.i' is no id"),
+    "no id": (lambda f: {"id": ["hi"]}, "its id is a list"),
+    "another's id": (lambda f: {"id": "ta"}, "is no tensor of an adapter ta for this base"),
+    "base": (lambda f: {"base": "x" * 16}, "is no fingerprint"),
+    "settings": (lambda f: {"settings": []}, "its settings is a list"),
+}
+SETTINGS = {
+    "foreign": ({"encoder_xformers_att_config": CODE}, "the setting 'encoder_xformers_att_config' is in it"),
+    "adaptive": ({"adaptive_softmax_cutoff": CODE}, "the setting 'adaptive_softmax_cutoff' is in it"),
+    "layers": ({"encoder_layers": "3"}, "the setting 'encoder_layers' is in it"),
+    "type": ({"encoder_adapter_reduction_factor": 2}, None),
+    "code": ({"encoder_adapter_reduction_factor": CODE}, "its setting encoder_adapter_reduction_factor is"),
+    "zero": ({"decoder_adapter_reduction_factor": "0"}, "its setting decoder_adapter_reduction_factor is '0'"),
+    "wide": ({"decoder_adapter_reduction_factor": "17"}, "decoder_adapter_reduction_factor is 17, and the base is 16"),
+    "other": ({"decoder_adapter_reduction_factor": "4"}, r"has the shape \(8, 16\), and in an adapter .* \(4, 16\)"),
+    "gating": ({"encoder_adapter_use_gating": "yes"}, "its setting encoder_adapter_use_gating is 'yes'"),
+    "ungated": ({"encoder_adapter_use_gating": "False"}, "gate.* is no tensor of an adapter hi for this base"),
+    "function": ({"adapter_activation_fn": "exec"}, "its setting adapter_activation_fn is 'exec'"),
+    "missing": ({"adapter_activation_fn": None}, "its setting adapter_activation_fn is"),
+}
+TENSORS = {
+    "foreign": (
+        lambda t: {**t, "decoder.output_projection.bias": torch.zeros(30)},
+        "'decoder.output_projection.bias' is",
+    ),
+    "base's": (
+        lambda t: {**t, "encoder.layers.0.fc1.weight": torch.zeros(24, 16)},
+        "'encoder.layers.0.fc1.weight' is no",
+    ),
+    "none": (lambda t: {}, "is missing, which an adapter for this base has"),
+    "half": (lambda t: dict(list(t.items())[::2]), "is missing"),
+    "one side": (lambda t: {name: x for name, x in t.items() if name[0] == "e"}, "decoder.* is missing"),
+    "deeper": (lambda t: {**t, NAME.replace(".0.", ".2."): t[NAME]}, r"'encoder.layers.2.*' is no tensor"),
+    "shape": (lambda t: {**t, NAME: t[NAME][:-1]}, r"has the shape \(15, 8\)"),
+    "huge": (lambda t: {**t, NAME: torch.zeros(1).expand(2**40)}, "has the shape"),
+    "integers": (lambda t: {**t, NAME: t[NAME].long()}, "is of torch.int64, which is not floating"),
+    "complex": (lambda t: {**t, NAME: t[NAME].to(torch.complex64)}, "not floating"),
+    "nan": (lambda t: {**t, NAME: t[NAME] * float("nan")}, "has values that are not finite"),
+    "inf": (lambda t: {**t, NAME: t[NAME] + float("inf")}, "has values that are not finite"),
+    "sparse": (lambda t: {**t, NAME: t[NAME].to_sparse()}, "is no plain tensor"),
+    "list": (lambda t: {**t, NAME: t[NAME].tolist()}, "is no plain tensor"),
+    "number": (lambda t: {**t, 7: t[NAME]}, "'7' is no tensor"),
+}
+CASES = {f"entry {name}": case for name, case in ENTRIES.items()}
+CASES.update(
+    {f"setting {n}": (lambda f, c=c: {"settings": {**f["settings"], **c}}, m) for n, (c, m) in SETTINGS.items()}
+)
+CASES.update({f"tensors {n}": (lambda f, c=c: {"tensors": c(f["tensors"])}, m) for n, (c, m) in TENSORS.items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_export_did_not_write(tmp_path, base, hi, name):
+    """It is refused, in one line, before anything is written."""
+    change, message = CASES[name]
+    path = mutated(tmp_path / "odd.adapter", hi[1], **change(hi[1]))
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ConfigError, match=message) as raised:
+        tool.merge(base[0], [hi[0], path] if name.startswith("entry f") else [path], str(tmp_path / "out.pt"))
+    assert str(raised.value).startswith(f"{path}: refused, ")
+    assert "\n" not in str(raised.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_another_number_of_depths(tmp_path):
+    """Of a stack the base's weights are the same for any number; the adapters are not."""
+    stacked = {}
+    for depths in (2, 3):
+        flags = {f"{side}_recurrent_stacking": depths for side in SIDES}
+        args = settings(**flags)
+        base = build_from(args, seed=1)
+        stacked[f"base {depths}"] = save(tmp_path / f"base{depths}.pt", args, base)
+        args = settings(load_checkpoint_liberally=True, **flags, **adapters(ids="hi", train="hi"))
+        model = build_from(args)
+        model.load_state_dict(base.state_dict())
+        stacked[depths] = save(tmp_path / f"{depths}.pt", args, randomize(model))
+    tool.export(stacked[2], "hi", str(tmp_path / "hi"))
+    with pytest.raises(ConfigError, match=r"is missing, which an adapter for this base has|other settings"):
+        tool.merge(stacked["base 3"], [str(tmp_path / "hi")], str(tmp_path / "out.pt"))
+    tool.export(stacked[3], "hi", str(tmp_path / "hi3"))
+    with pytest.raises(ConfigError, match=r"is no tensor of an adapter hi for this base|other settings"):
+        tool.merge(stacked["base 2"], [str(tmp_path / "hi3")], str(tmp_path / "out.pt"))
+    assert not (tmp_path / "out.pt").exists()
+    tool.merge(stacked["base 2"], [str(tmp_path / "hi")], str(tmp_path / "out.pt"))
+
+
+def outputs(folder, path):
+    """Spellings of one file."""
+    (folder / "link").symlink_to(path)
+    os.link(path, folder / "hard")
+    relative = os.path.relpath(path)
+    dotted = f"{os.path.dirname(path)}/./{os.path.basename(path)}"
+    return [str(path), dotted, relative, str(folder / "link"), str(folder / "hard")]
+
+
+def test_no_input_is_replaced(tmp_path, base, trained, hi):
+    """However it is spelled."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    own, content = trained["hi"][0], {}
+    for path in (own, base[0], hi[0]):
+        content[path] = Path(path).read_bytes()
+    for output in outputs(tmp_path / "a", own):
+        with pytest.raises(ConfigError, match=f"^{output}: this command reads it, and would replace it"):
+            tool.main(["export", own, "hi", output])
+    for output in outputs(tmp_path / "b", base[0]) + [hi[0]]:
+        with pytest.raises(ConfigError, match=f"^{output}: this command reads it, and would replace it"):
+            tool.main(["merge", base[0], hi[0], "--output", output])
+    # not even for a moment, under the name of what is not written yet
+    os.rename(own, tmp_path / "own.tmp")
+    tool.main(["export", str(tmp_path / "own.tmp"), "hi", str(tmp_path / "own")])
+    assert (tmp_path / "own.tmp").read_bytes() == content[own]
+    assert all(Path(path).read_bytes() == content[path] for path in (base[0], hi[0]))
+
+
+def test_nothing_of_another_kind_is_replaced(tmp_path, base, trained, hi):
+    own, pipe, notes = trained["hi"][0], tmp_path / "pipe", tmp_path / "notes"
+    os.mkfifo(pipe)
+    notes.write_text("notes")
+    (tmp_path / "link").symlink_to(notes)
+    for output in (os.devnull, str(pipe), str(tmp_path)):
+        for command in (["export", own, "hi", output], ["merge", base[0], hi[0], "--output", output]):
+            with pytest.raises(ConfigError, match=f"^{output}: is there, and no regular file; name another file"):
+                tool.main(command)
+    for output in (str(notes), str(tmp_path / "link"), base[0]):
+        with pytest.raises(ConfigError, match=f"^{output}: is there, and not what this command writes; name another"):
+            tool.main(["export", own, "hi", output])
+    for output in (str(notes), str(tmp_path / "link")):
+        with pytest.raises(ConfigError, match=f"^{output}: is there, and not what this command writes; name another"):
+            tool.main(["merge", base[0], hi[0], "--output", output])
+    assert notes.read_text() == "notes"
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_an_older_output_is_replaced_and_a_link_is_written_through(tmp_path, base, trained, hi):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere" / "file")
+    for _ in range(2):
+        tool.main(["export", trained["hi"][0], "hi", str(link)])
+        assert link.is_symlink()
+        assert read(tmp_path / "elsewhere" / "file")["id"] == "hi"
+        tool.main(["merge", base[0], hi[0], "--output", str(tmp_path / "merged.pt")])
+        assert "hi" in read(tmp_path / "merged.pt")["cfg"]["model"].encoder_adapter_ids
+    assert os.listdir(tmp_path / "elsewhere") == ["file"]
+
+
+SAME = {"dropout": 0.3, "encoder_layerdrop": 0.1, "max_source_positions": 77, "checkpoint_activations": True}
+OTHER = {"encoder_attention_heads": 4, "activation_fn": "gelu", "no_scale_embedding": True, "decoder_learned_pos": True}
+OTHER = {**OTHER, "decoder_normalize_before": True, "no_token_positional_embeddings": True, "encoder_learned_pos": True}
+
+
+@pytest.mark.parametrize("key", [*SAME, *OTHER])
+def test_the_settings_of_the_base(tmp_path, base, hi, key):
+    """The same weights under other settings are another base."""
+    state = read(base[0])
+    setattr(state["cfg"]["model"], key, {**SAME, **OTHER}[key])
+    torch.save(state, tmp_path / "other.pt")
+    if key in SAME:
+        tool.merge(str(tmp_path / "other.pt"), [hi[0]], str(tmp_path / "out.pt"))
+        return
+    with pytest.raises(
+        ConfigError, match=f"was trained on a base with {key} .*, and .*other.pt has .*: the same weigh"
+    ):
+        tool.merge(str(tmp_path / "other.pt"), [hi[0]], str(tmp_path / "out.pt"))
+
+
+def test_a_file_of_an_earlier_release(tmp_path, base, hi, caplog):
+    old = {key: value for key, value in hi[1].items() if key != "base_settings"}
+    torch.save(old, tmp_path / "old")
+    tool.merge(base[0], [str(tmp_path / "old")], str(tmp_path / "out.pt"))
+    assert f"{tmp_path}/old: an earlier release wrote it, without its base's settings" in caplog.text

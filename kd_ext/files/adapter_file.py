@@ -1,5 +1,6 @@
 """A file of one adapter, as ``export`` writes it, and how it is told from anything else."""
 
+import logging
 import re
 from typing import Any, Dict, List, NoReturn, Optional
 
@@ -9,16 +10,20 @@ from torch import Tensor
 from kd_ext.errors import ConfigError
 from kd_ext.files.reading import explained
 from kd_ext.files.safe_loading import load
+from kd_ext.files.settings import check_size
 from kd_ext.models.extension_flags import RESERVED_IDS, SIDES
 from kd_ext.models.saved_settings import get
 from kd_ext.modules.adapter import ACTIVATIONS, Adapter, adapter_of
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "kd_ext adapter 1"
 # per side: what all adapters of a side have in common, saved as text
 SIDE_SETTINGS = ("adapter_reduction_factor", "adapter_use_gating")
 SHARED_SETTINGS = ("adapter_activation_fn",)
 _NOT_IN_IDS = ". \t\n:${},"
-_ENTRIES = {"format": str, "id": str, "base": str, "settings": dict, "tensors": dict}
+_ENTRIES = {"format": str, "id": str, "base": str, "settings": dict, "tensors": dict, "base_settings": dict}
+_NEW_ENTRIES = {"base_settings"}  # which files of earlier releases do not have
 _VALUES = {
     "adapter_reduction_factor": re.compile("[1-9][0-9]{0,5}"),
     "adapter_use_gating": re.compile("True|False"),
@@ -35,6 +40,7 @@ def read(path: str) -> Dict[str, Any]:
     try:
         with explained(path, "file of adapters"):
             file = load(path)
+            check_size(path, file)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one that export wrote") from None
     if not isinstance(file, dict) or file.get("format") != FORMAT:
@@ -50,16 +56,43 @@ def setting_keys(sides: List[str]) -> List[str]:
 
 
 def _check_entries(path: str, file: Dict[str, Any]) -> None:
-    if file.keys() != _ENTRIES.keys():
-        odd = sorted(map(str, set(file) ^ set(_ENTRIES)))
+    odd = sorted(map(str, (set(file) ^ set(_ENTRIES)) - (_NEW_ENTRIES - set(file))))
+    if odd:
         _refuse(path, f"{odd[0][:80]!r} is {'missing' if odd[0] in _ENTRIES else 'in it'}")
     for name, kind in _ENTRIES.items():
-        if not isinstance(file[name], kind):
+        if name in file and not isinstance(file[name], kind):
             _refuse(path, f"its {name} is a {type(file[name]).__name__}")
     if file["id"] in ("", *RESERVED_IDS) or set(_NOT_IN_IDS) & set(file["id"]):
         _refuse(path, f"its id {file['id'][:80]!r} is no id of an adapter")
     if not re.fullmatch("[0-9a-f]{16}", file["base"]):
         _refuse(path, f"its base {file['base'][:80]!r} is no fingerprint")
+
+
+def check_base_settings(path: str, file: Dict[str, Any], base: str, deciding: Dict[str, str]) -> None:
+    """See that an adapter was trained on a base that computes what this one does, as far as settings decide it.
+
+    Args:
+        file: from :func:`read`
+        base: the path of the base, for the message
+        deciding: the base's settings, from :func:`kd_ext.files.base_settings.deciding`
+
+    Raises:
+        ConfigError: a setting is another
+    """
+    if "base_settings" not in file:
+        logger.warning(
+            "%s: an earlier release wrote it, without its base's settings; see that %s has those of its training",
+            *(path, base),
+        )
+        return
+    trained = file["base_settings"]
+    for key in sorted({*trained, *deciding}, key=str):
+        if trained.get(key) != deciding.get(key):
+            theirs, ours = (str(x.get(key, "off"))[:80] for x in (trained, deciding))
+            raise ConfigError(
+                f"{path}: its adapter {file['id']} was trained on a base with {str(key)[:80]} {theirs}, and {base} has "
+                f"{ours}: the same weights compute something else there; name the checkpoint that it was trained on"
+            )
 
 
 def _check_settings(path: str, settings: Dict[Any, Any]) -> None:

@@ -38,7 +38,7 @@ def origin(text: str) -> Optional[Setting]:
 
 
 def check(path: str, state: Any) -> None:
-    """See that what was read from a checkpoint is as deep and as large as one is, and its settings are plain data.
+    """See that what was read from a checkpoint is as :func:`check_size` has it, and its settings are plain data.
 
     A reference to another setting in the same file (``${common.seed}``) is understood by omegaconf. All others would
     look elsewhere: in the environment, in a file, in each other without end.
@@ -50,14 +50,23 @@ def check(path: str, state: Any) -> None:
     Raises:
         ConfigError: one line that names the file and the setting
     """
-    for number, (name, _, depth) in enumerate(_walk("", state)):
+    check_size(path, state)
+    if isinstance(state, dict):
+        for part in _PARTS:
+            _check_settings(path, part, state.get(part))
+
+
+def check_size(path: str, content: Any) -> None:
+    """See that what was read from a file is no deeper and holds no more than a checkpoint.
+
+    Raises:
+        ConfigError: it is, or does
+    """
+    for number, (name, _, depth) in enumerate(_walk("", content)):
         if depth > DEEPEST:
             raise ConfigError(f"{path}: refused, {_top(name)} is nested more than {DEEPEST} deep")
         if number > MOST_THINGS:
             raise ConfigError(f"{path}: refused, it holds more than {MOST_THINGS:,} things, and no checkpoint does")
-    if isinstance(state, dict):
-        for part in _PARTS:
-            _check_settings(path, part, state.get(part))
 
 
 def _check_settings(path: str, part: str, settings: Any) -> None:

@@ -3,6 +3,7 @@
 import functools
 import glob
 import os
+import traceback
 from typing import Optional
 
 from fairseq import checkpoint_utils
@@ -18,7 +19,8 @@ def apply() -> None:
     """Say what is wrong with a checkpoint, and which one could be used (fairseq 0.12.2, every torch).
 
     fairseq passes on what ``torch.load`` raises: for a type that is not listed a page of advice to load the file
-    unsafely, for damage any exception, and for a changed weight none at all.
+    unsafely, for damage any exception, and for a changed weight none at all. So it does with whatever comes of settings
+    of the wrong type, or that do not go with the weights.
     """
     original = checkpoint_utils.load_checkpoint_to_cpu
     if getattr(original, "_kd_ext", False):
@@ -36,6 +38,27 @@ def apply() -> None:
 
     load_checkpoint_to_cpu._kd_ext = True
     checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    checkpoint_utils.load_model_ensemble_and_task = _building(checkpoint_utils.load_model_ensemble_and_task)
+
+
+def _building(original):
+    @functools.wraps(original)
+    def load_model_ensemble_and_task(filenames, *args, **kwargs):
+        try:
+            return original(filenames, *args, **kwargs)
+        except (ConfigError, OSError, MemoryError):  # of which the last two are no fault of the file
+            raise
+        except Exception as error:
+            if "allocate memory" in str(error) or "out of memory" in str(error):
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{':'.join(filenames)}: no model can be made of its settings and weights ({type(error).__name__}: "
+                f"{said}; {os.path.basename(place.filename)}, line {place.lineno})"
+            ) from error
+
+    return load_model_ensemble_and_task
 
 
 def _newest_whole_beside(damaged: str) -> Optional[str]:

@@ -6,8 +6,11 @@ from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
+from fairseq import utils
+
 from kd_ext.errors import ConfigError
 from kd_ext.files.literals import NotALiteral, evaluate
+from kd_ext.files.reading import require_regular
 from kd_ext.files.settings import origin, shown
 
 _PACKAGES = ("fairseq", "fairseq_cli")
@@ -26,6 +29,25 @@ def apply() -> None:
             module.__dict__["eval"] = _evaluate
     if _GivesEvaluate not in sys.meta_path:
         sys.meta_path.insert(0, _GivesEvaluate)
+    if not getattr(utils.parse_embedding, "_kd_ext", False):
+        utils.parse_embedding = _reading_files(utils.parse_embedding)
+
+
+def _reading_files(original: Any) -> Any:
+    """``--encoder-embed-path`` is also a setting that is obeyed: of a pipe, or of a number, nothing may ever come."""
+
+    @functools.wraps(original)
+    def parse_embedding(embed_path: Any) -> Any:
+        if not isinstance(embed_path, str):
+            raise ConfigError(f"{_where(embed_path)} {shown(str(embed_path))}: no path of a file of embeddings")
+        try:
+            require_regular(embed_path)
+        except ConfigError as error:
+            raise ConfigError(f"{_where(embed_path)} {error}") from error
+        return original(embed_path)
+
+    parse_embedding._kd_ext = True  # type: ignore[attr-defined]
+    return parse_embedding
 
 
 def _is_fairseqs(name: str) -> bool:
@@ -73,11 +95,11 @@ def _evaluate(source: Any, *_: Any) -> Any:
         ) from None
 
 
-def _where(text: str) -> str:
+def _where(text: Any) -> str:
     """Where a text is from: a flag goes first, as it overrides what a file has."""
     flags = [flag for flag, value in zip(sys.argv, sys.argv[1:]) if value == text]
     flags += [flag.split("=", 1)[0] for flag in sys.argv if flag.startswith("-") and flag.split("=", 1)[1:] == [text]]
     if flags:
         return flags[0]
-    setting = origin(text)
+    setting = origin(text) if isinstance(text, str) else None
     return f"{setting.path}: its setting {setting.name}" if setting else "the value"
