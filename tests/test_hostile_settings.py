@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from argparse import Namespace
 
@@ -274,12 +275,12 @@ def test_mutated_settings(tmp_path):
 def test_the_fuzzers_code_is_harmful(tmp_path, code):
     """The oracle: Python itself runs it."""
     witness = tmp_path / "ran"
-    start = "import sys, os, subprocess\ntry: "
-    subprocess.run(
-        [sys.executable, "-c", f"{start}eval({code.format(str(witness))!r})\nexcept TypeError: pass"], check=True
+    command = (
+        f"import os, sys, subprocess\ntry: eval({code.format(str(witness))!r}, {{'sys': sys}})\nexcept TypeError: pass"
     )
+    subprocess.run([sys.executable, "-c", command], check=True)
     for _ in range(100):
         if witness.exists():
-            break
-        __import__("time").sleep(0.05)
-    assert witness.exists() or code.startswith("[(512") or "print" in code
+            break  # by a process that it has started
+        time.sleep(0.05)
+    assert witness.exists()
