@@ -1,11 +1,18 @@
 """The exception for what a user can mend."""
 
 
+_HALF = 1000  # characters
+
+
 class ConfigError(ValueError):
     """A flag that cannot be used as given. The message is one line: the flag, its value, what would work.
 
-    Whatever is quoted in it, from a file too: line breaks and what else is not printed are shown as escapes.
+    Whatever is quoted in it, from a file too: line breaks and what else is not printed are shown as escapes, and of a
+    long message begin and end.
     """
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        text = super().__str__()
+        if len(text) > 2 * _HALF:
+            text = f"{text[:_HALF]} [...] {text[-_HALF:]}"
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -256,7 +256,7 @@ class Fuzzer:
         try:
             return trial(rng)
         except ConfigError as error:
-            if "\n" in str(error) or len(str(error)) > 1500:
+            if "\n" in str(error) or len(str(error)) > 2100:
                 return f"FAILED: no line: {str(error)[:300]!r}"
             return "refused"
         except TimeoutError:
