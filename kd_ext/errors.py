@@ -1,6 +1,5 @@
 """The exception for what a user can mend."""
 
-
 _HALF = 1000  # characters
 
 
