@@ -130,7 +130,8 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
         adapter_file.check_base_settings(file_name, file, path, deciding(settings))
         _take_settings(file_name, file, model, settings)
         for name, tensor in file["tensors"].items():
-            if name in model and not torch.equal(model[name], tensor):
+            there = model.get(name, tensor)
+            if there.dtype != tensor.dtype or not torch.equal(there, tensor):
                 raise ConfigError(
                     f"{file_name}: another adapter {file['id']} is in {path} already; merge into one without it"
                 )

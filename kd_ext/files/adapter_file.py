@@ -174,4 +174,4 @@ def _width(path: str, side: str, model: Dict[str, Tensor], settings: Any) -> int
 
 
 def _refuse(path: str, reason: str) -> NoReturn:
-    raise ConfigError(f"{path}: refused, {reason}, and in no file that export wrote; export it again")
+    raise ConfigError(f"{path}: refused, {reason}; export writes no such file")

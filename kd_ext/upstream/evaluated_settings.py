@@ -97,7 +97,7 @@ def _evaluate(source: Any, *_: Any) -> Any:
 
 def _where(text: Any) -> str:
     """Where a text is from: a flag goes first, as it overrides what a file has."""
-    flags = [flag for flag, value in zip(sys.argv, sys.argv[1:]) if value == text]
+    flags = [flag for flag, value in zip(sys.argv, sys.argv[1:]) if value == text and flag.startswith("-")]
     flags += [flag.split("=", 1)[0] for flag in sys.argv if flag.startswith("-") and flag.split("=", 1)[1:] == [text]]
     if flags:
         return flags[0]
