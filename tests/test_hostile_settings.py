@@ -246,7 +246,7 @@ def test_a_setting_that_names_a_pipe(teacher, data, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for value, message in (
         (str(tmp_path / "pipe"), "no regular file"),
-        (0, "no path"),
+        (7, "no path"),
         ("/dev/zero", "no regular file"),
     ):
         path = with_setting(teacher, tmp_path / "evil.pt", encoder_embed_path=value)
