@@ -198,10 +198,14 @@ class Fuzzer:
         self._base = self._state(settings("transformer", **flags), seed=1)
         trained = settings(load_checkpoint_liberally=False, **flags, **adapters(ids="hi,ta", train="hi", gated=True))
         self._trained = self._state(trained, seed=1)
+        self._trained["model"].update(  # adapters on that base
+            {name: x for name, x in self._base["model"].items() if name in self._trained["model"]}
+        )
         write(self._base, folder / "base.pt")
         write(self._trained, folder / "hi.pt")
         tool.export(str(folder / "hi.pt"), "hi", str(folder / "hi.adapter"))
         self._file = load(folder / "hi.adapter")
+        tool.merge(str(folder / "base.pt"), [str(folder / "hi.adapter")], str(folder / "merged.pt"))
         fconv = Namespace(
             arch="fconv",
             _name="fconv",

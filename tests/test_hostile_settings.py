@@ -269,6 +269,7 @@ def test_mutated_settings(tmp_path):
     assert fuzzer.counts["checkpoint", "refused"] > 20
     assert fuzzer.counts["checkpoint", "accepted"] > 5
     assert fuzzer.counts["adapter", "refused"] > 20
+    assert fuzzer.counts["adapter", "accepted"] > 0
 
 
 @pytest.mark.parametrize("code", CODE)

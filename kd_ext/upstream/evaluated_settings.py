@@ -42,9 +42,12 @@ def _reading_files(original: Any) -> Any:
             raise ConfigError(f"{_where(embed_path)} {shown(str(embed_path))}: no path of a file of embeddings")
         try:
             require_regular(embed_path)
+            return original(embed_path)
         except ConfigError as error:
             raise ConfigError(f"{_where(embed_path)} {error}") from error
-        return original(embed_path)
+        except (OSError, ValueError) as error:  # the latter of what is in the file, or of a null byte in its name
+            said = getattr(error, "strerror", None) or f"no file of embeddings ({error})"
+            raise ConfigError(f"{_where(embed_path)} {shown(embed_path)}: {said}") from error
 
     parse_embedding._kd_ext = True  # type: ignore[attr-defined]
     return parse_embedding
