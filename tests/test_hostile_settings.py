@@ -156,6 +156,17 @@ def test_names_that_python_would_call():
         checked({"model": odd})
 
 
+@pytest.mark.parametrize("name", ["encoder_layers", "decoder_layers", "decoder_recurrent_stacking"])
+def test_layers_without_end(name):
+    """They would be built, one by one, before anything is compared with the weights."""
+    for cfg, args in (({"model": Namespace(**{name: 2**31})}, None), (None, Namespace(**{name: 1001}))):
+        with pytest.raises(
+            ConfigError, match=rf"its setting (cfg\.model|args)\.{name} is \d+, and no model is as deep"
+        ):
+            checked(cfg, args)
+    checked({"model": {name: 1000}})
+
+
 @pytest.mark.parametrize("name", ["bpe", "tokenizer", "scoring", "task", "arch", "criterion"])
 def test_a_name_is_no_path(name):
     with pytest.raises(ConfigError, match=rf"its setting args\.{name} is '../../x', which is no name"):

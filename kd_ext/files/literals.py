@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterator
 
 MOST_CHARACTERS = 10_000
 MOST_OPERATIONS = 1_000
-MOST_ELEMENTS = 100_000  # of a value, with what is in it
+MOST_ELEMENTS = 10_000  # of a computed value, with what is in it
 MOST_BITS = 10_000  # of an integer
 
 _UNARY: Dict[type, Callable[[Any], Any]] = {

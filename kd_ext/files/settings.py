@@ -12,6 +12,7 @@ from kd_ext.errors import ConfigError
 
 DEEPEST = 50  # fairseq's go four deep
 MOST_THINGS = 300_000  # in a whole checkpoint, tensors counted once
+MOST_LAYERS = 1_000  # each is built before weights are compared
 _PARTS = ("cfg", "args")
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic, type(None))
 _CONTAINERS = (dict, list, tuple, set)
@@ -80,6 +81,8 @@ def _check_settings(path: str, part: str, settings: Any) -> None:
             odd = [key for key in vars(opened) if not isinstance(key, str) or key.startswith("__")]
             if odd:
                 raise ConfigError(f"{path}: refused, its {name} has a setting {odd[0]!r}, which no setting is called")
+        if isinstance(value, int) and value > MOST_LAYERS and name.endswith(("_layers", "_stacking")):
+            raise ConfigError(f"{path}: refused, its setting {name} is {value}, and no model is as deep as that")
         if isinstance(value, str):
             _check_text(path, part, name, value, settings)
             _remember(value, Setting(path, name))
