@@ -1,6 +1,8 @@
 """The kernel of a row against the plain formulation, in Triton's interpreter on a CPU."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,10 +75,10 @@ def test_listed_words(runs, k, temperature, weights):
     assert any("listed" in arguments for arguments in runs)
 
 
-def test_a_word_that_the_teacher_excludes(runs):
+def test_words_that_the_teacher_excludes(runs):
     """A logit of -inf is a probability of 0, and adds nothing to the entropy."""
     student, target, selected, teachers = make(torch.float32, teachers=("given",), selection="all")
-    teachers[0].given[:, 7] = -float("inf")
+    teachers[0].given[:, :20] = -float("inf")  # a whole block of them, and some
     w = Weights(0.5, 0.5, 0.1, 1.0)
     result = chunked_loss.chunked_loss(student, target, selected, teachers, w, rows=4)
     q = teachers[0].given.double().softmax(1)
@@ -115,3 +117,38 @@ def test_gradients_of_half_precision(runs, monkeypatch, dtype):
     for gradient, reference in zip(gradients, torch.autograd.grad(scale * expected, full)):
         assert (gradient.double() - reference.double()).norm() <= torch.finfo(dtype).eps * reference.double().norm()
     assert runs
+
+
+COMPILING = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kd_ext.modules import row_kernel
+
+function, options = row_kernel._kernel, dict(HAS_TEACHER=False, HAS_LIST=False, WRITES=True, AT_T=False)
+options.update({name: True for name in sys.argv[2:]}, BLOCK=row_kernel.BLOCK, BLOCK_K=32)
+kinds = {name: "*fp32" for name in "logits teacher excess top at_target total total_at_t inner entropy".split()}
+kinds.update(words="*i64", target="*i64", gradient=sys.argv[1], V="i32", K="i32", gradient_stride="i32")
+kinds.update({name: "fp32" for name in "golden factor peak inverse_t scale".split()})
+kinds.update(dict.fromkeys(options, "constexpr"))
+names = function.arg_names
+source = ASTSource(
+    fn=function,
+    signature={name: kinds[name] for name in names},
+    constexprs={(names.index(name),): value for name, value in options.items()},
+)
+target = GPUTarget("cuda", 90, 32)
+print("compiled", len(triton.compile(source, target=target, options={"num_warps": row_kernel.WARPS}).asm["ptx"]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(triton, "compile"), reason="an older Triton")
+@pytest.mark.parametrize("gradient", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("options", [["HAS_TEACHER"], ["HAS_TEACHER", "AT_T"], ["HAS_LIST"], []])
+def test_compiles_for_a_gpu(gradient, options):
+    """For one that is not here: the interpreter takes what the compiler does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILING, gradient, *options]
+    done = subprocess.run(command, stdout=-1, stderr=-2, text=True, env=environment)
+    assert "compiled" in done.stdout, done.stdout

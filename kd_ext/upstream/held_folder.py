@@ -34,7 +34,7 @@ def apply() -> None:
 
     @functools.wraps(original)
     def load_checkpoint(cfg, trainer, **kwargs):
-        if trainer.data_parallel_rank == 0 and not cfg.no_save:
+        if getattr(trainer, "data_parallel_rank", None) == 0 and not cfg.no_save:  # fairseq itself takes any trainer
             _hold(cfg.save_dir)
         return original(cfg, trainer, **kwargs)
 

@@ -42,8 +42,9 @@ def apply() -> None:
 
     @functools.wraps(original)
     def load_checkpoint(cfg, trainer, **kwargs):
+        workers = getattr(trainer, "data_parallel_world_size", 1)  # fairseq itself takes any trainer here, a mock too
         # parts of a model, or of its state, have files of their own
-        is_compared = trainer.data_parallel_world_size > 1 and not trainer.checkpoint_suffix and not trainer.tpu
+        is_compared = isinstance(workers, int) and workers > 1 and not trainer.checkpoint_suffix and not trainer.tpu
         if is_compared:
             _compare(trainer, {**_checkpoints(cfg), **_trained_with(trainer.task)})
         loaded = original(cfg, trainer, **kwargs)
