@@ -38,12 +38,9 @@ GPU_PYTHON ?= python3.12
 gpu-wheels:
 	bash benchmarks/gpu_wheels.sh $(GPU_PYTHON)
 
-# what runs on a GPU, in small on this machine's CPU: from wheels, in a new environment, without a network where that
-# can be had
+# what runs on a GPU, in small on this machine's CPU
 rehearse: .venv/ready
-	bash benchmarks/gpu_wheels.sh $(BIN)/python .nox/whl
-	WHEELS=.nox/whl PYTHON=$(BIN)/python OUT=benchmarks/results/rehearsed \
-	    $$(unshare -rn true 2>/dev/null && echo unshare -rn) bash benchmarks/on_gpu.sh --rehearse
+	bash benchmarks/rehearse.sh $(BIN)/python
 
 # pip >= 24.1 refuses omegaconf 2.0.6, which fairseq needs
 .venv/ready: pyproject.toml

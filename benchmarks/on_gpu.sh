@@ -23,7 +23,9 @@ mkdir -p "$OUT"
 export PYTHONPATH="$PWD" KD_EXT_RESULTS="$OUT" KD_EXT_FAILURES="$OUT/failures.txt" PYTHONUNBUFFERED=1
 
 # An environment of its own on top of the interpreter's: the start-up line works from site-packages alone.
-env=$(mktemp -d)/env
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+env=$work/env
 "$PYTHON" -m venv --without-pip "$env" || exit 1
 base=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -44,7 +46,9 @@ step() {
     timeout -k 5 "${!own_limit:-$limit}" "$@" ${!own_arguments:-} >> "$OUT/log.txt" 2>&1
     status=$?
     echo "$name: exit status $status after $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
+    [ $status = 0 ] || failed=1
 }
+failed=0
 
 step environment 30 "$python" -m kd_ext.doctor
 step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider -W ignore --tb=short --durations=5 \
@@ -55,3 +59,5 @@ step queue 60 "$python" benchmarks/queue_gate.py
 step profile 60 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
 step decoding 60 "$python" benchmarks/decoding.py
 step adapters 60 "$python" benchmarks/adapter_tuning.py
+[ $failed = 0 ] || tail -n 40 "$OUT/log.txt"
+exit $failed

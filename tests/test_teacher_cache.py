@@ -509,3 +509,13 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "probs.npy").chmod(0o444)
     with pytest.raises(ConfigError, match="Permission denied"):
         CacheFiles(str(tmp_path), MANIFEST, LENGTHS, writable=True)
+
+
+def test_batches_made_elsewhere_bring_the_same(train, cache, tmp_path):
+    """By two processes that make batches, with a prefix that is not distilled, in bfloat16: bit for bit."""
+    flags = ["--max-update", 12, "--ignore-prefix-size", 1, "--bf16"]
+    for workers in (0, 2):
+        save_dir = tmp_path / str(workers)
+        result = train(save_dir, *cached(cache, *flags, "--num-workers", workers, strategy="word_level"))
+        assert result.returncode == 0, result.output
+    assert_same_run(tmp_path / "0/checkpoint_last.pt", tmp_path / "2/checkpoint_last.pt")
