@@ -12,8 +12,10 @@ import statistics
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, NamedTuple
+from unittest import mock
 
 import torch
 from common import DEVICE, HERE, peak_gb, save
@@ -21,8 +23,8 @@ from fairseq.logging import metrics, progress_bar
 from fairseq.trainer import Trainer
 from fairseq_cli import preprocess, train
 
-import kd_ext.criterions.label_smoothed_cross_entropy_with_kd as criterion
 from kd_ext import teacher_cache
+from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.modules.teacher import Teacher
 from kd_ext.tasks import load_teacher
 
@@ -90,7 +92,6 @@ def measured(variant: str, flags) -> Dict[str, Any]:
     """Train, and note speed, memory and waits."""
     rates, waits = [], []
     log, step, output = progress_bar.SimpleProgressBar.log, Trainer.train_step, Teacher.output
-    found = criterion._find_projection, load_teacher._find_projection
     last = int(flags[flags.index("--max-update") + 1])
 
     def note(self, stats, tag=None, step=None):
@@ -109,31 +110,34 @@ def measured(variant: str, flags) -> Dict[str, Any]:
         waits.extend(f"{Path(w.filename).name}:{w.lineno}" for w in warned if "synchroniz" in str(w.message))
         return out
 
-    progress_bar.SimpleProgressBar.log, Trainer.train_step = note, count_waits
-    if variant.startswith("plain"):  # as for a model whose output layer cannot be taken apart
-        criterion._find_projection = load_teacher._find_projection = lambda model: None
-    if "own stream" in variant:
-        _move_teacher_to_a_stream(Teacher)
     metrics.reset()
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.ExitStack() as changes:
+        change = partial(_changed, changes)
+        change(progress_bar.SimpleProgressBar, "log", note)
+        change(Trainer, "train_step", count_waits)
+        if variant.startswith("plain"):  # as for a model whose output layer cannot be taken apart
+            change(LabelSmoothedCrossEntropyWithKD, "_find_projection", lambda self, model: None)
+            change(load_teacher, "_find_projection", lambda model: None)
+        if "own stream" in variant:
+            change(Teacher, "output", _beside(output))
         run_command(train.cli_main, "fairseq-train", flags)
-    finally:
-        progress_bar.SimpleProgressBar.log, Trainer.train_step, Teacher.output = log, step, output
-        criterion._find_projection, load_teacher._find_projection = found
     speed = statistics.median(rates[2:] or rates[-1:] or [0])
     return {"words_per_second": speed, "peak_gb": peak_gb(), "waits": waits, "rates": rates}
 
 
-def _move_teacher_to_a_stream(teacher) -> None:
-    """Its pass beside whatever was given to the device before."""
-    output = teacher.output
+def _changed(changes: contextlib.ExitStack, owner, name, value) -> None:
+    changes.enter_context(mock.patch.object(owner, name, value))
+
+
+def _beside(output):
+    """The teacher's pass on a stream of its own, beside whatever was given to the device before."""
     stream = torch.cuda.Stream() if DEVICE == "cuda" else None
 
-    def beside(self, *args):
+    def on_stream(self, *args):
         if stream is None:
             return output(self, *args)
         stream.wait_stream(torch.cuda.current_stream())
@@ -142,7 +146,7 @@ def _move_teacher_to_a_stream(teacher) -> None:
         torch.cuda.current_stream().wait_stream(stream)
         return out
 
-    teacher.output = beside
+    return on_stream
 
 
 @contextlib.contextmanager
@@ -210,6 +214,8 @@ def main() -> None:
             print(row, flush=True)
             if not options.profile:
                 save("gpu_steps", rows, **size._asdict())
+        if options.rehearse and any("skipped" in row for row in rows):
+            sys.exit(1)
 
 
 if __name__ == "__main__":
