@@ -2,13 +2,18 @@
 
 import hashlib
 import re
-from typing import Dict, Sequence
+from operator import itemgetter
+from typing import Dict, Iterator, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from kd_ext.models.layers import is_dead
 
+# Names that fairseq up to 0.8 had: attention's three projections as one, layer norms of an encoder's layer by number
+_PROJECTIONS = re.compile(r"(.*attn\.)in_proj_(weight|bias)$")
+_LAYER_NORM = re.compile(r"(.*encoder\.layers\.\d+\.)layer_norms\.([01])(\..*)$")
+_LAYER_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 # Not weights: fairseq's marker of its checkpoint format, and a buffer that it never sets
 _BUFFERS = re.compile(r"\.(version|_float_tensor)$")
 
@@ -18,17 +23,30 @@ def is_weight(name: str) -> bool:
     return not _BUFFERS.search(name) and not is_dead(name)
 
 
+def _of_today(state_dict: Dict[str, Tensor]) -> Iterator[Tuple[str, Tensor]]:
+    """Each tensor with the name that fairseq gives it now, as it does when it loads a model."""
+    for name, tensor in state_dict.items():
+        projections, norm = _PROJECTIONS.match(name), _LAYER_NORM.match(name)
+        if projections and tensor.dim() > 0 and tensor.size(0) % 3 == 0:
+            for part, values in zip("qkv", tensor.chunk(3)):
+                yield f"{projections[1]}{part}_proj.{projections[2]}", values
+        elif norm:
+            yield f"{norm[1]}{_LAYER_NORMS[int(norm[2])]}{norm[3]}", tensor
+        else:
+            yield name, tensor
+
+
 def model_fingerprint(state_dict: Dict[str, Tensor]) -> str:
     """Of names, dtypes, shapes and bytes of all weights: 16 hexadecimal digits.
 
     Without what takes no part in what the model computes, so that a checkpoint has one fingerprint before and
-    after it was loaded into this project's architecture.
+    after it was loaded into this project's architecture, in the layout of whichever release.
 
     Args:
         state_dict: any dtypes, on any device; the order does not matter
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
+    for name, tensor in sorted(_of_today(state_dict), key=itemgetter(0)):
         if not is_weight(name):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -25,6 +25,7 @@ from kd_ext.models.same_function import settings_read
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
+from kd_ext.upstream.foreign_settings import UNREGISTERED_TASK
 from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def _load_one(path: str, settings: Dict[str, Any], student_task: Any) -> Tuple[t
 
 def _build(path: str, settings: Dict[str, Any], state: Dict[str, Any], student_task: Any):
     cfg = state["cfg"]
-    _check_registered(path, "task", cfg.task._name, TASK_REGISTRY)
+    _check_registered(path, "task", state.get(UNREGISTERED_TASK, cfg.task._name), TASK_REGISTRY)
     _check_registered(path, "architecture", cfg.model._name, {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY})
     _point_at_dictionaries(path, settings, cfg.task, student_task)
     task = tasks.setup_task(cfg.task)

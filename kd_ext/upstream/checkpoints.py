@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.logging import meters
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from kd_ext.files import safe_loading, settings
+from kd_ext.upstream.foreign_settings import leave_out
 
 
 class _SafelyLoadingTorch(ModuleType):
@@ -24,7 +26,9 @@ class _SafelyLoadingTorch(ModuleType):
     def load(file, map_location="cpu", **_):
         # what else fairseq may be made to ask for is to load unsafely
         state = safe_loading.load(file, map_location)
-        settings.check(str(getattr(file, "name", file)), state)
+        path = str(getattr(file, "name", file))
+        settings.check(path, state)
+        leave_out(path, state)
         return state
 
     def __getattr__(self, name):
@@ -55,5 +59,8 @@ def _checkpoint_globals() -> typing.Dict[str, typing.Any]:
     # several workers: the state is sent to the others by pickle, with its configuration as objects
     classes += [DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata, _TensorPlaceholder]
     classes += [collections.defaultdict, dict, list, int]
+    # 0.6.2 to 0.9.0 saved their meters as objects, which have numbers and no code; later ones moved the module
+    for meter in (meters.AverageMeter, meters.TimeMeter, meters.StopwatchMeter):
+        listed.update({f"{module}.{meter.__name__}": meter for module in ("fairseq.meters", "fairseq.logging.meters")})
     listed.update({f"{kind.__module__}.{kind.__qualname__}": kind for kind in classes})
     return listed
