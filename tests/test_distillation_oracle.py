@@ -203,3 +203,15 @@ def test_accuracy_is_that_of_the_student():
     correct = sum(student[t].argmax() == y[t] for _, y, student, _ in batch for t in range(1, len(y)))
     assert float(logged["n_correct"]) == correct
     assert float(logged["total"]) == sum(len(y) - 1 for _, y, _, _ in batch)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_dummy_batch_logs_what_a_real_one_does(strategy):
+    """By the same names, and tensors where it has tensors: the workers add them up place by place."""
+    _, run = make(strategy)
+    sentences = random_batch(np.random.default_rng(5), BATCHES[0])
+    kinds = []
+    for is_dummy in (False, True):
+        _, logged = run.forward(sentences, is_dummy=is_dummy)
+        kinds.append({name: torch.is_tensor(value) for name, value in logged.items()})
+    assert kinds[0] == kinds[1]

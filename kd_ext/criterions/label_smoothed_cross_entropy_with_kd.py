@@ -303,7 +303,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         for i in range(len(chosen.gates)):
             has_gate = int(any(counts[i] for counts in tally))
             sums[f"kd_gates{names[i]}"] = has_gate
-            sums[f"kd_gate{names[i]}"] = chosen.gates[i] if has_gate else 0
+            # a tensor in any case: fairseq adds up what is one, and what is none, of all workers apart
+            sums[f"kd_gate{names[i]}"] = chosen.gates[i] if has_gate else torch.zeros_like(chosen.gates[i])
         if self.languages:
             own = tally[self.selector.workers.rank]
             for i, name in enumerate(names):
