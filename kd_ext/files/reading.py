@@ -13,6 +13,7 @@ from kd_ext.errors import ConfigError
 MOST_TIMES = 20  # that an archive unfolds to its own size; torch compresses nothing
 # torch < 1.6 and its option write this number first, then pickles
 _MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+_FOLDER = 0x10  # of MS-DOS, in an archive's attributes
 # by which torch advises to load a file unsafely
 _ADVICE = re.compile(r"weights_only|add_safe_globals|arbitrary code", re.IGNORECASE)
 
@@ -98,8 +99,17 @@ def _explanation(path: str, expected: str, error: Exception) -> ConfigError:
 
 
 def _changed_part(path: str) -> Optional[str]:
-    """The first part of an archive whose checksum is wrong; None for a sound one, and for what is no archive."""
+    """The first part of an archive that torch would not read as it was written; None: all is well, or no archive.
+
+    Beside wrong checksums that is a part that is marked as a folder, for which torch gives what happened to be in
+    memory, and one of two of the same name, of which the checksums of one alone would be seen.
+    """
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
+        names = set()
+        for part in archive.infolist():
+            if part.filename in names or (part.external_attr & _FOLDER and not part.is_dir()):
+                return part.filename
+            names.add(part.filename)
         return archive.testzip()
