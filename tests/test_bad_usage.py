@@ -88,7 +88,7 @@ OVERRIDES = {
     "{'data': 3}": ["cannot be loaded so"],
     "{'data': None}": ["cannot be loaded so"],
     "{'encoder_layers': 2}": ["weights do not fit"],
-    "{'encoder_layers': 'two'}": ["cannot be loaded so"],
+    "{'encoder_layers': 'two'}": ["not for ", "its setting encoder_layers is 'two', which is no number"],
     "{'activation_fn': 'no such'}": ["cannot be loaded so"],
     "{'model': 3}": ["nothing reads 'model'"],
     "{'task': 3}": ["nothing reads 'task'"],
@@ -141,6 +141,30 @@ def test_user_modules(train, teacher, tmp_path, name):
     given = tmp_path / "modules" / given
     result = train(tmp_path / "run", *KD, "--teacher-checkpoint-path", teacher, "--teacher-user-dir", given)
     assert_refused(result, tmp_path / "run", f"--teacher-user-dir {given}: ", said)
+
+
+@pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-validate", "fairseq-interactive"])
+def test_overrides_and_paths_of_what_uses_a_student(teacher, data, tmp_path, command):
+    for text in ("{1: 2}", "{[]: 1}", "print(1)"):
+        flags = ["--path", teacher, "--model-overrides", text]
+        result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", *flags)
+        assert result.returncode != 0
+        assert result.last_line.startswith(f"kd_ext: error: --model-overrides {text}: not a dictionary by names")
+        assert "Traceback" not in result.output
+    result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", "--path", tmp_path / "none.pt")
+    assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/none.pt: Model file not found")
+    assert "Traceback" not in result.output
+
+
+def test_a_user_module_that_ends_the_process(train, teacher, tmp_path):
+    folder = tmp_path / "ends_the_process"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise SystemExit(3)")
+    result = train(tmp_path / "run", *KD, "--teacher-checkpoint-path", teacher, "--teacher-user-dir", folder)
+    assert result.returncode == 1
+    assert result.last_line.startswith(
+        f"kd_ext: error: --teacher-user-dir {folder}: cannot be imported (SystemExit: 3)"
+    )
 
 
 def test_a_folder_in_place_of_a_checkpoint(train, teacher, data, tmp_path):

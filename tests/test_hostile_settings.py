@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from kd_ext.errors import ConfigError
 from kd_ext.files import settings
+from kd_ext.files.model_settings import check_model_settings
 
 
 def with_setting(teacher, path, **changes):
@@ -268,10 +269,48 @@ def test_a_setting_that_names_a_pipe(teacher, data, tmp_path):
 
 
 def test_settings_that_make_no_model(teacher, data, tmp_path):
-    for key, value in (("encoder_embed_dim", "x"), ("decoder_layers", [1]), ("encoder_layers", 3), ("arch", "nothing")):
+    for key, value in (("encoder_embed_dim", 0), ("decoder_layers", -1), ("encoder_layers", 3), ("arch", "nothing")):
         path = with_setting(teacher, tmp_path / "odd.pt", **{key: value, **({"_name": value} if key == "arch" else {})})
         result = run(tmp_path / "log", "fairseq-generate", data, *PLUGIN, "--cpu", "--path", path)
         assert result.last_line.startswith(f"kd_ext: error: {path}: no model can be made of its settings and weights (")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("dropout", [1], "which is no number"),
+        ("encoder_layers", "two", "which is no number"),
+        ("encoder_embed_dim", {"x": 1}, "which is no number"),
+        ("encoder_embed_dim", 10**7, "its weights have 48 at most"),
+        ("decoder_ffn_embed_dim", 10**9, "its weights have 48 at most"),
+        ("decoder_layers", 999, "its weights have 1 at most"),
+        ("encoder_attention_heads", 3, "divisible"),
+        ("activation_fn", 7, "not supported"),
+    ],
+)
+def test_settings_of_a_teacher_that_make_no_model(teacher, data, distil, tmp_path, key, value, reason):
+    """As for those who translate with it: before anything is built where a number is none, or has no end."""
+    path = with_setting(teacher, tmp_path / "odd.pt", **{key: value})
+    result = distil(tmp_path / "student", "--teacher-checkpoint-path", path, "--max-update", 1)
+    translated = run(tmp_path / "log", "fairseq-generate", data, *PLUGIN, "--cpu", "--path", path)
+    for each in (result, translated):
+        assert each.returncode != 0
+        assert "Traceback" not in each.output
+        assert reason in each.last_line
+
+
+def test_what_models_of_other_kinds_have_passes():
+    """Settings that a class reads otherwise, or not at all, and those of its weights."""
+    weights = {"encoder.layers.149.fc1.weight": torch.zeros(1, 9000), "version": torch.zeros(1)}
+    for name, found in {
+        "fconv": {"encoder_layers": "[(512, 3)] * 20", "decoder_attention": "True"},
+        "transformer": {"encoder_layers": 150, "encoder_embed_dim": 9000, "unread_dim": 4096, "dropout": None},
+        "lightconv": {"encoder_kernel_size_list": [3, 7], "dropout": "${model.attention_dropout}"},
+        "unknown": {"dropout": "x", "encoder_layers": [1]},
+    }.items():
+        check_model_settings("model.pt", {"_name": name, **found}, weights)
+        check_model_settings("model.pt", Namespace(arch=name, **found), weights)
+    check_model_settings("model.pt", None, None)
 
 
 def test_mutated_settings(tmp_path):

@@ -105,7 +105,7 @@ def _import_user_dir(user_dir: str) -> None:
         utils.import_user_module(Namespace(user_dir=user_dir))
     except FileNotFoundError:
         raise ConfigError(f"{flag}: no such folder; name the one with the teacher's __init__.py") from None
-    except Exception as error:  # whatever is in it
+    except (Exception, SystemExit) as error:  # whatever is in it
         if os.path.isfile(user_dir):
             remedy = "it is a file; name the folder with the teacher's __init__.py"
         elif "not globally unique" in str(error) or "__path__" in str(error):  # of a module that is no package
@@ -178,8 +178,11 @@ def _read_state(path: str, settings: Dict[str, Any]) -> Dict[str, Any]:
     except ConfigError as error:
         if not settings:
             raise ConfigError(f"{FLAG} {error}; name a file that fairseq-train wrote") from error
+        said = error
     _read_state(path, {})  # if this works, it is not the file
-    raise ConfigError(f"--teacher-model-overrides {settings}: not for {path}; give names and values as it has them")
+    raise ConfigError(
+        f"--teacher-model-overrides {settings}: not for {path}; give names and values as it has them ({said})"
+    )
 
 
 def _check_overrides(path: str, settings: Dict[str, Any], cfg: Any) -> None:

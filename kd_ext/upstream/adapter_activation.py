@@ -7,6 +7,7 @@ from fairseq.dataclass.configs import CommonEvalConfig
 from fairseq.models import FairseqEncoderDecoderModel
 
 from kd_ext.errors import ConfigError
+from kd_ext.overrides import parse_overrides
 from kd_ext.upstream.added_flags import fold_into_overrides
 
 
@@ -65,6 +66,8 @@ def _fold_options() -> None:
 
 
 def _fold(args) -> None:
+    if getattr(args, "model_overrides", None) is not None:
+        parse_overrides("--model-overrides", args.model_overrides)  # else a traceback, or taken for damage of the file
     asked = {key: getattr(args, key) for key in _settings()[0] if getattr(args, key, None) is not None}
     if asked:
         fold_into_overrides(args, asked)

@@ -124,7 +124,7 @@ def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _near(word: str, words: List[str]) -> str:
-    found = difflib.get_close_matches(word, words, n=3)
+    found = difflib.get_close_matches(word, sorted(set(words)), n=3)
     return f"; near to it: {', '.join(found)}" if found else ""
 
 

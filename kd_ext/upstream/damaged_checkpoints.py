@@ -26,11 +26,16 @@ def apply() -> None:
     if getattr(original, "_kd_ext", False):
         return
 
+    from kd_ext.files.model_settings import check_model_settings  # models register themselves after every touch
+    from kd_ext.models.saved_settings import model_settings
+
     @functools.wraps(original)
     def load_checkpoint_to_cpu(path, *args, **kwargs):
         try:
             with explained(path, EXPECTED):
-                return original(path, *args, **kwargs)
+                state = original(path, *args, **kwargs)
+                check_model_settings(path, model_settings(state), state.get("model"))
+                return state
         except ConfigError as error:
             whole = _newest_whole_beside(path)
             advice = f"the newest whole one beside it is {whole}" if whole else "beside it is no whole one"
@@ -46,7 +51,13 @@ def _building(original):
     def load_model_ensemble_and_task(filenames, *args, **kwargs):
         try:
             return original(filenames, *args, **kwargs)
-        except (ConfigError, OSError, MemoryError):  # of which the last two are no fault of the file
+        except OSError as error:
+            if str(error).startswith("Model file not found"):  # of fairseq's own making
+                raise ConfigError(
+                    f"{':'.join(filenames)}: {error}; name a checkpoint that fairseq-train wrote"
+                ) from error
+            raise
+        except (ConfigError, MemoryError):  # the latter is no fault of the file
             raise
         except Exception as error:
             if "allocate memory" in str(error) or "out of memory" in str(error):
