@@ -1,5 +1,6 @@
 """Files that refer to more than is listed are refused before anything of them has run, with every torch."""
 
+import importlib
 import io
 import pickle
 import subprocess
@@ -126,3 +127,13 @@ def test_only_fairseqs_reading_is_changed():
     assert torch.load is before
     assert checkpoint_utils.torch.save is torch.save
     assert checkpoint_utils.torch.Tensor is torch.Tensor
+
+
+def test_models_that_load_what_a_setting_names(tmp_path):
+    """Of xm_transformer ``load_pretrained_decoder_from``: asked to load unsafely, they do not."""
+    torch.save({"model": Calls(eval, "1")}, tmp_path / "named.pt")
+    for name in ("speech_to_text.xm_transformer", "text_to_speech.vocoder"):
+        module = importlib.import_module(f"fairseq.models.{name}")
+        with pytest.raises(pickle.UnpicklingError):
+            module.torch.load(str(tmp_path / "named.pt"), weights_only=False)
+        assert module.torch.nn is torch.nn

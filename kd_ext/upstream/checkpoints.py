@@ -11,6 +11,8 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.logging import meters
+from fairseq.models.speech_to_text import xm_transformer
+from fairseq.models.text_to_speech import vocoder
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
@@ -40,11 +42,12 @@ def apply() -> None:
 
     fairseq 0.12.2 calls ``torch.load`` in a way that runs whatever code a file carries, up to torch 2.5, and later
     ones too where TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, as advice on fairseq's errors has it: its module of
-    checkpoints is given another ``load``.
+    checkpoints is given another ``load``. So are those of models that load what a checkpoint's settings name.
     """
     safe_loading.allow(_checkpoint_globals())
-    if checkpoint_utils.torch is torch:
-        checkpoint_utils.torch = _SafelyLoadingTorch("torch")
+    for module in (checkpoint_utils, xm_transformer, vocoder):
+        if module.torch is torch:
+            module.torch = _SafelyLoadingTorch("torch")
 
 
 def _checkpoint_globals() -> typing.Dict[str, typing.Any]:
