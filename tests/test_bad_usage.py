@@ -151,7 +151,8 @@ def test_overrides_and_paths_of_what_uses_a_student(teacher, data, tmp_path, com
         assert result.returncode != 0
         assert result.last_line.startswith(f"kd_ext: error: --model-overrides {text}: not a dictionary by names")
         assert "Traceback" not in result.output
-    result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", "--path", tmp_path / "none.pt")
+    flags = ["--path", tmp_path / "none.pt", "--max-tokens", 200]
+    result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", *flags)
     assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/none.pt: Model file not found")
     assert "Traceback" not in result.output
 
