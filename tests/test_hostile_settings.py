@@ -280,6 +280,8 @@ def test_settings_that_make_no_model(teacher, data, tmp_path):
     [
         ("dropout", [1], "which is no number"),
         ("encoder_layers", "two", "which is no number"),
+        ("share_all_embeddings", "no", "and not True or False"),
+        ("encoder_normalize_before", [], "and not True or False"),
         ("encoder_embed_dim", {"x": 1}, "which is no number"),
         ("encoder_embed_dim", 10**7, "its weights have 48 at most"),
         ("decoder_ffn_embed_dim", 10**9, "its weights have 48 at most"),

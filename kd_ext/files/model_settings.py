@@ -34,10 +34,13 @@ def check_model_settings(path: str, settings: Any, weights: Any) -> None:
     tensors: Dict[Any, Any] = weights if isinstance(weights, dict) else {}
     widest = max((size for x in tensors.values() if isinstance(x, Tensor) for size in x.shape), default=_WIDTH)
     depth = 1 + max((int(n) for name in tensors for n in _LAYER.findall(str(name)) if len(n) < 6), default=0)
-    numeric = _numeric(values.get("_name") or values.get("arch"))
+    flags = _flags(values.get("_name") or values.get("arch"))
     for key, value in values.items():
-        if key in numeric and not (value is None or isinstance(value, numbers.Real) or _is_reference(value)):
+        is_number = value is None or isinstance(value, numbers.Real) or _is_reference(value)
+        if key in flags and flags[key].type in (int, float) and not is_number:
             raise ConfigError(f"{path}: refused, its setting {key} is {shown(str(value))}, which is no number")
+        if key in flags and flags[key].nargs == 0 and not is_number:  # a switch; "no" would switch it on
+            raise ConfigError(f"{path}: refused, its setting {key} is {shown(str(value))}, and not True or False")
         for end, usual, found in (("_dim", _WIDTH, widest), ("_layers", _LAYERS, depth)):
             if isinstance(value, int) and str(key).endswith(end) and value > max(usual, found):
                 raise ConfigError(
@@ -49,8 +52,8 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("${")
 
 
-def _numeric(name: Any) -> Dict[str, Any]:
-    """The settings of an architecture whose flags take a number."""
+def _flags(name: Any) -> Dict[Any, argparse.Action]:
+    """The flags of an architecture, by the names of the settings."""
     from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY  # models are registered after every touch
 
     model = (ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)) if isinstance(name, str) else None
@@ -58,4 +61,4 @@ def _numeric(name: Any) -> Dict[str, Any]:
     if model is not None:
         with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
             model.add_args(parser)
-    return {action.dest: action for action in parser._actions if action.type in (int, float)}
+    return {action.dest: action for action in parser._actions}
