@@ -118,6 +118,37 @@ def cache_quality(rows: List[Dict[str, Any]]) -> str:
     return table(["the demo's student learns from", "BLEU", "chrF"], lines)
 
 
+def selection_share(rows: List[Dict[str, Any]]) -> str:
+    """The mean of the last half of the updates, the least and the most of the languages of a kind."""
+    rate, frequent = 0.5, ("de", "es")
+    lines = []
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.5), sharex=True, sharey=True)
+    for row in rows:
+        kinds: Dict[bool, List[List[float]]] = {True: [], False: []}
+        for language, shares in row["shares"].items():
+            kinds[language in frequent].append(shares)
+        label = f"{row['window']}, {row['size']:,}"
+        style = {"each": "-", "shared": "--"}[row["window"]]
+        line = [row["window"], f"{row['size']:,}"]
+        for axes, kind in zip(panels, (True, False)):
+            late = [sum(shares[len(shares) // 2 :]) / len(shares[len(shares) // 2 :]) for shares in kinds[kind]]
+            line.append(" to ".join(dict.fromkeys(number(share) for share in (min(late), max(late)))))
+            points = [sum(shares) / len(shares) for shares in zip(*kinds[kind])]
+            means = [
+                sum(points[max(i - 4, 0) : i + 1]) / len(points[max(i - 4, 0) : i + 1]) for i in range(len(points))
+            ]
+            axes.plot(row["updates"], means, style, label=label)
+        lines.append(line)
+    for axes, title in zip(panels, ("frequent languages (de, es)", "rare languages (bn, hi, mr, ta)")):
+        axes.axhline(rate, color="grey", linewidth=0.8)
+        axes.set(title=title, xlabel="updates", ylim=(0, 0.7))
+    panels[0].set_ylabel("share selected")
+    panels[1].legend(fontsize="small", loc="lower right", title="--kd-queue-window, -size", title_fontsize="small")
+    draw(figure, "selection_share")
+    pyplot.close(figure)
+    return table(["--kd-queue-window", "--kd-queue-size", "de, es", "bn, hi, mr, ta"], lines)
+
+
 def adapter_tuning(rows: List[Dict[str, Any]]) -> str:
     """Time and memory of a step over full fine-tuning's, of the same run."""
     time, memory = over_first(rows, "seconds", 3), over_first(rows, "gb", 2)
@@ -142,6 +173,7 @@ def main() -> None:
         queue_traffic: "What the workers send each other for the queues",
         decoding: "Decoding",
         adapter_tuning: "Adapter tuning",
+        selection_share: "The share of the tokens that is selected, --kd-rate 0.5",
         cache_quality: "Quality from a teacher cache",
         startup: "The start of an interpreter, with the start-up line and without",
     }

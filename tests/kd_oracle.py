@@ -17,9 +17,12 @@ class Oracle:
     A batch is a list of sentences (language, targets, student logits T x V, [teacher logits T x V, ...]), unpadded.
     """
 
-    def __init__(self, strategy, alpha=0.5, rate=None, queue_size=None, temperature=1.0, eps=0.1, prefix=0):
+    def __init__(
+        self, strategy, alpha=0.5, rate=None, queue_size=None, temperature=1.0, eps=0.1, prefix=0, window="each"
+    ):
         self.strategy, self.alpha, self.rate, self.queue_size = strategy, alpha, rate, queue_size
         self.temperature, self.eps, self.prefix = temperature, eps, prefix
+        self.window = window
         self.queues = {}
 
     def tokens(self, batch):
@@ -30,6 +33,13 @@ class Oracle:
     def gate(self, pool):
         k = int((Decimal(str(self.rate)) * len(pool)).to_integral_value(ROUND_CEILING))
         return sorted(pool, reverse=True)[k - 1]
+
+    def gate_in_window(self, language):
+        """Of the language's tokens among the newest of all; of fewer than 20 and than 1 %: of all."""
+        window = self.queues["shared"]
+        own = [x for name, x in window if name == language]
+        is_too_few = len(own) < 20 and 100 * len(own) < len(window)
+        return self.gate([x for _, x in window] if is_too_few else own)
 
     def gates(self, batches):
         """For each batch a function from a language to its gate."""
@@ -42,6 +52,11 @@ class Oracle:
         if self.strategy == "batch_level":
             gates = [self.gate([x for _, x in batch]) if batch else None for batch in nlls]
             return [lambda language, gate=gate: gate for gate in gates]
+        if self.window == "shared":
+            pushed = [pair for batch in nlls for pair in batch]
+            self.queues["shared"] = (self.queues.get("shared", []) + pushed)[-self.queue_size :]
+            gates = {language: self.gate_in_window(language) for language in {name for name, _ in pushed}}
+            return [lambda language: gates[language] for _ in batches]
         for batch in nlls:  # every worker's batch is pushed, in rank order, before any is gated
             for language, nll in batch:
                 name = "all" if self.strategy == "global_level" else language

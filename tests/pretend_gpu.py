@@ -18,7 +18,7 @@ from kd_ext.modules import chunked_logits
 from kd_ext.modules.chunked_logits import GivenLogits, LinearLogits
 from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll
 from kd_ext.modules.language_tags import LanguageTags
-from kd_ext.modules.token_selection import STRATEGIES
+from kd_ext.modules.token_selection import STRATEGIES, SharedWindow
 from kd_ext.modules.top_probs import TopProbs, top_probs
 
 
@@ -247,11 +247,11 @@ def test_the_loss_under_automatic_mixed_precision(dtype, is_listed):
     assert set(mixed_products) == {dtype}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_selection(strategy):
+@pytest.mark.parametrize("kind", [*STRATEGIES.values(), SharedWindow])
+def test_selection(kind):
     """The same tokens and gates as on the CPU, with updates that are skipped and a resumption among the others."""
     settings = {"rate": 0.3, "capacity": 100, "pools": ["hi", "ta", "untagged"]}
-    on_cpu, on_device = (STRATEGIES[strategy](**settings) for _ in range(2))
+    on_cpu, on_device = (kind(**settings) for _ in range(2))
     language_tags = partial(LanguageTags, ["<s>", "__src__hi", "__src__ta", "word"], "__src__")
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
@@ -267,7 +267,7 @@ def test_selection(strategy):
                 selector.rollback() if step % 3 == 2 else selector.commit()
         if step == 6:  # resumed, with queues from the CPU
             with Pretend():
-                saved, on_device = on_device.state_dict(), STRATEGIES[strategy](**settings)
+                saved, on_device = on_device.state_dict(), kind(**settings)
                 on_device.load_state_dict(saved)
     with Pretend():
         saved = on_device.state_dict()

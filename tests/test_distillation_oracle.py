@@ -14,6 +14,7 @@ STRATEGIES = {
     "batch_level": {"kd_rate": 0.3},
     "global_level": {"kd_rate": 0.3, "kd_queue_size": 40},
     "global_language_wise": {"kd_rate": 0.3, "kd_queue_size": 10},
+    "shared": {"kd_rate": 0.3, "kd_queue_size": 30, "kd_queue_window": "shared"},
 }
 # the languages of each batch: one that is absent, a sentence without a tag, a batch larger than the queues
 BATCHES = [["hi", "ta", "hi"], ["bn", "hi", None, "bn"], ["ta"] * 16 + ["hi"] * 6, ["hi", "bn", "ta"], ["bn"]]
@@ -33,7 +34,8 @@ def _formulation(request, monkeypatch):
 
 def make(strategy, teachers=1, **settings):
     flags = STRATEGIES[strategy]
-    names = {"kd_rate": "rate", "kd_queue_size": "queue_size"}
+    strategy = {"shared": "global_language_wise"}.get(strategy, strategy)
+    names = {"kd_rate": "rate", "kd_queue_size": "queue_size", "kd_queue_window": "window"}
     oracle = Oracle(strategy, **{names.get(k, k): v for k, v in flags.items()}, **settings)
     run_settings = {{"temperature": "kd_temperature"}.get(k, k): v for k, v in settings.items()}
     return oracle, Run(strategy, teachers, **flags, **run_settings)
@@ -72,6 +74,12 @@ def test_training(strategy, eps, prefix, temperature):
     for i, languages in enumerate(BATCHES):
         check_batch(run, oracle, random_batch(rng, languages), extra=i % 3)
     queues = run.task.state_dict().get("kd", {}).get("queues", {})
+    if strategy == "shared":
+        languages = [run.task.selector.pools[i].replace("untagged", "None") for i in queues["languages"]]
+        assert languages == [str(name) for name, _ in oracle.queues["shared"]]
+        expected = [x for _, x in oracle.queues["shared"]]
+        np.testing.assert_allclose(queues["values"].numpy(), expected, rtol=1e-5)
+        return
     assert {{"untagged": None}.get(name, name) for name in queues} == oracle.queues.keys()
     for name, values in queues.items():
         expected = oracle.queues[{"untagged": None}.get(name, name)]
@@ -130,7 +138,7 @@ def test_sum_over_a_large_half_precision_batch_is_finite():
     assert 65504 < loss.item() < math.inf
 
 
-@pytest.mark.parametrize("strategy", ["batch_level", "global_level", "global_language_wise"])
+@pytest.mark.parametrize("strategy", ["batch_level", "global_level", "global_language_wise", "shared"])
 def test_gates_and_losses_do_not_change_with_padding(strategy):
     """Defect 2."""
     results = []
@@ -156,7 +164,7 @@ def test_language_wise_selects_in_every_position():
     assert {s for s, _ in positions} == {0, 1}
 
 
-@pytest.mark.parametrize("strategy", ["global_level", "global_language_wise"])
+@pytest.mark.parametrize("strategy", ["global_level", "global_language_wise", "shared"])
 def test_only_training_steps_push(strategy):
     """Defect 3: validation, dummy batches, and updates that the optimizer skipped leave no trace."""
     _, run = make(strategy)

@@ -228,7 +228,7 @@ def test_step_by_step_equals_the_full_pass(settings):
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["word_seq_level", "word_level", *SELECTIVE])
+@pytest.mark.parametrize("strategy", ["word_seq_level", "word_level", *SELECTIVE, "shared"])
 def test_nothing_is_waited_for(strategy, monkeypatch):
     """Loss, selection, gradients and what is logged, with torch told to refuse whatever waits for the device."""
     monkeypatch.setattr(Run, "student_kind", GivenFeatures)
@@ -236,6 +236,8 @@ def test_nothing_is_waited_for(strategy, monkeypatch):
     flags = {"kd_rate": 0.5} if strategy in SELECTIVE else {}
     if strategy.startswith("global"):
         flags["kd_queue_size"] = 20
+    if strategy == "shared":
+        strategy, flags = "global_language_wise", {"kd_rate": 0.5, "kd_queue_size": 20, "kd_queue_window": "shared"}
     run = Run(strategy, **flags)
     run.criterion.report_accuracy = False  # upstream's waits
     words = dictionary()

@@ -16,6 +16,7 @@ WORKERS = 2
 FLAGS = {
     "global_level": {"kd_rate": 0.4, "kd_queue_size": 30},
     "global_language_wise": {"kd_rate": 0.4, "kd_queue_size": 9},
+    "shared": {"kd_rate": 0.4, "kd_queue_size": 25, "kd_queue_window": "shared"},
 }
 
 
@@ -32,7 +33,7 @@ def batches_of(step):
 def worker(rank, strategy, store, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
-    run = Run(strategy, **FLAGS[strategy])
+    run = Run({"shared": "global_language_wise"}.get(strategy, strategy), **FLAGS[strategy])
     outcomes = []
     for step in range(6):
         batch = batches_of(step)[rank]
@@ -59,20 +60,26 @@ def test_every_worker_has_the_same_queue(strategy, tmp_path):
     for process in processes:
         process.join(60)
 
-    oracle = Oracle(strategy, rate=0.4, queue_size=FLAGS[strategy]["kd_queue_size"])
+    name, window = ("global_language_wise", "shared") if strategy == "shared" else (strategy, "each")
+    oracle = Oracle(name, rate=0.4, queue_size=FLAGS[strategy]["kd_queue_size"], window=window)
     for step in range(6):
         batches = batches_of(step)
         expected = oracle.step(batches)
         for rank in range(WORKERS):
             loss, logged, queues = outcomes[rank][step]
             assert queues == outcomes[0][step][2]
+            # logged outputs are summed over the workers: all must have the same names
+            assert logged.keys() == outcomes[0][step][1].keys()
             assert logged["kd_selected"] == len(expected[rank]["selected"])
             if batches[rank]:
                 assert loss == pytest.approx(expected[rank]["loss"], rel=1e-5)
+            if strategy == "shared":
+                languages, expected_queue = zip(*oracle.queues["shared"])
+                assert [LANGUAGES[i] for i in queues["languages"]] == list(languages)
+                np.testing.assert_allclose(queues["values"], expected_queue, rtol=1e-5)
+                continue
             for name in LANGUAGES if strategy == "global_language_wise" else ["all"]:
                 np.testing.assert_allclose(queues.get(name, []), oracle.queues.get(name, []), rtol=1e-5)
-            # logged outputs are summed over the workers: all must have the same names
-            assert logged.keys() == outcomes[0][step][1].keys()
 
 
 def losses(output):

@@ -23,7 +23,8 @@ from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_n
 from kd_ext.modules.fetched import Fetched
 from kd_ext.modules.language_tags import LanguageTags
 from kd_ext.modules.positions import Positions, true_first
-from kd_ext.modules.token_selection import STRATEGIES, Tally, TokenSelector
+from kd_ext.modules.share_watch import UPDATES, ShareWatch
+from kd_ext.modules.token_selection import WINDOWS, SharedWindow, Tally, TokenSelector, selector_class
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,13 @@ class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionCo
     kd_queue_size: Optional[int] = field(
         default=None,
         metadata={"help": "capacity of each FIFO queue in tokens; for the global strategies"},
+    )
+    kd_queue_window: str = field(
+        default="each",
+        metadata={
+            "help": "for global_language_wise: each: a queue of that size for each language; "
+            "shared: one queue of that size, of the newest tokens of all languages"
+        },
     )
     kd_temperature: float = field(
         default=1.0,
@@ -142,6 +150,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         alpha=0.5,
         kd_rate=None,
         kd_queue_size=None,
+        kd_queue_window="each",
         kd_temperature=1.0,
     ):
         super().__init__(task, sentence_avg, label_smoothing, ignore_prefix_size, report_accuracy)
@@ -151,13 +160,14 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if ignore_prefix_size < 0:
             raise ConfigError(f"--ignore-prefix-size {ignore_prefix_size}: negative; a number of tokens, or 0 for none")
         strategy = task.cfg.kd_strategy
-        _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_temperature, task.cfg.kd_language_tag)
+        _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_queue_window, kd_temperature, task.cfg.kd_language_tag)
+        kind = selector_class(strategy, kd_queue_window)
         self.temperature = kd_temperature
-        self.languages = _find_languages(task) if STRATEGIES[strategy].by_language else None
+        self.languages = _find_languages(task) if kind.by_language else None
         pools = self.languages.pools if self.languages else ["all"]
-        if STRATEGIES[strategy].needs_queue:
-            _check_memory(kd_queue_size, len(pools))
-        self.selector: TokenSelector = STRATEGIES[strategy](
+        if kind.needs_queue:
+            _check_memory(kd_queue_size, *((1, 8) if kind is SharedWindow else (len(pools), 4)))
+        self.selector: TokenSelector = kind(
             rate=kd_rate,
             capacity=kd_queue_size,
             pools=pools,
@@ -168,15 +178,19 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         self._teacher_dtype = task.teacher_dtype
         task.selector = self.selector
         self._said: Set[str] = set()  # why a student has no projection
+        self._watch = ShareWatch(kd_rate, pools) if kind.needs_queue else None
         logger.info(
-            "--kd-strategy %s: loss = %g label-smoothed + %g distillation; rate %s, queue %s, temperature %g",
-            *(strategy, self.golden_weight, self.distilled_weight, kd_rate, kd_queue_size, kd_temperature),
+            "--kd-strategy %s: loss = %g label-smoothed + %g distillation; rate %s, queue %s%s, temperature %g",
+            *(strategy, self.golden_weight, self.distilled_weight, kd_rate, kd_queue_size),
+            *(" of all languages" if kind is SharedWindow else "", kd_temperature),
         )
 
     def train(self, mode=True):
         # The trainer calls this at the start of every update. Pushes that are not committed by now belong to an
         # update that was skipped: overflow, out of memory.
         self.selector.rollback()
+        if mode and self._watch is not None:
+            self._say_if_far(self._watch.update())
         return super().train(mode)
 
     def forward(self, model, sample, reduce=True):
@@ -212,10 +226,29 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
             logging_output["kd_selected"] = terms.chosen.counts[0]
             logging_output["kd_tokens"] = batch.count
             logging_output.update(self._selection_sums(terms.chosen, batch))
+            if self._watch is not None:
+                self._watch.add(batch.tally[self.selector.workers.rank], terms.chosen.counts[1:])
         if self.report_accuracy:
             logging_output["n_correct"] = terms.correct.sum()
             logging_output["total"] = batch.count
         return terms.loss, sample_size, logging_output
+
+    def _say_if_far(self, shares: Dict[str, float]) -> None:
+        """Of each pool once: what was selected is far from ``--kd-rate``, and what would help."""
+        if self.selector.workers.rank > 0:  # each has a sample of the tokens, and one is enough
+            return
+        rate, is_shared = self.selector.rate, self.selector.window == "shared"
+        fewer = "the gates are of losses of an earlier, worse student; a smaller --kd-queue-size helps"
+        if self.languages and not is_shared:
+            fewer += ", or --kd-queue-window shared"
+        more = "the losses are rising, or the queue is too small to tell; a larger --kd-queue-size helps"
+        for few_or_many, is_one, reason in (("fewer", rate.__gt__, fewer), ("more", rate.__lt__, more)):
+            found = ", ".join(f"{pool} {share:.2f}" for pool, share in shares.items() if is_one(share))
+            if found:
+                logger.warning(
+                    "--kd-rate %g, but over the last %d updates far %s tokens were selected: %s (shares); %s",
+                    *(rate, UPDATES, few_or_many, found, reason),
+                )
 
     def _plain_terms(self, model, batch: "_Batch") -> "_Terms":
         """The loss as it is defined: all log-probabilities at once."""
@@ -345,8 +378,10 @@ def _log_mean(key: str, total, count: float) -> None:
         metrics.log_scalar(key, total / count, count, round=3)
 
 
-def _check_flags(strategy, alpha, rate, queue_size, temperature, tag) -> None:
-    kind = STRATEGIES[strategy]
+def _check_flags(strategy, alpha, rate, queue_size, window, temperature, tag) -> None:
+    if window not in WINDOWS:
+        raise ConfigError(f"--kd-queue-window {window}: unknown; one of {', '.join(WINDOWS)}")
+    kind = selector_class(strategy, window)
     if not 0 <= alpha <= 1:
         raise ConfigError(f"--alpha {alpha}: out of range; a number from 0 to 1")
     check_temperature(temperature)
@@ -362,6 +397,7 @@ def _check_flags(strategy, alpha, rate, queue_size, temperature, tag) -> None:
         ("--alpha", alpha, alpha != 0.5 and not kind.uses_alpha),
         ("--kd-rate", rate, rate is not None and not kind.needs_rate),
         ("--kd-queue-size", queue_size, queue_size is not None and not kind.needs_queue),
+        ("--kd-queue-window", window, window != kind.window),
         ("--kd-language-tag", tag, tag != "__src__" and not kind.by_language),
     ]
     for flag, value, is_unused in unused:
@@ -374,15 +410,16 @@ def check_temperature(temperature: float) -> None:
         raise ConfigError(f"--kd-temperature {temperature}: out of range; a number over 0")
 
 
-def _check_memory(queue_size: int, queues: int) -> None:
+def _check_memory(queue_size: int, queues: int, token_bytes: int) -> None:
     """See that full queues fit into the memory of this machine, or of its GPU, if that has more."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
         there = max(there, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    if 4 * queue_size * queues > there:
+    needed = token_bytes * queue_size * queues
+    if needed > there:
         raise ConfigError(
-            f"--kd-queue-size {queue_size}: too large: {queues} queue{'s' * (queues > 1)} of it, 4 bytes a token, are "
-            f"{4 * queue_size * queues:,} bytes, and there are {there:,}; at most {there // (4 * queues):,} tokens"
+            f"--kd-queue-size {queue_size}: too large: {queues} queue{'s' * (queues > 1)} of it, {token_bytes} bytes a "
+            f"token, are {needed:,} bytes, and there are {there:,}; at most {there // (token_bytes * queues):,} tokens"
         )
 
 

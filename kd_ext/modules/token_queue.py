@@ -33,11 +33,12 @@ class TokenQueue:
 
     Args:
         capacity: in values (tokens), at least 1
+        dtype: in which the values are kept
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, dtype: torch.dtype = torch.float32) -> None:
         self.capacity = capacity
-        self._ring = torch.empty(0)
+        self._ring = torch.empty(0, dtype=dtype)
         self._start = 0  # the slot that the next value goes to
         self._size = 0
         self._undo: List[_Undo] = []
@@ -50,9 +51,9 @@ class TokenQueue:
         """Append `values`, oldest first; the oldest entries beyond the capacity are dropped.
 
         Args:
-            values: shape ``(n,)``, any floating dtype, kept in float32; of more than `capacity` the newest stay
+            values: shape ``(n,)``, any dtype; of more than `capacity` the newest stay
         """
-        values = values.detach().float()[-self.capacity :]
+        values = values.detach().to(self._ring.dtype)[-self.capacity :]
         if self._ring.numel() == 0:
             self._ring = values.new_empty(self.capacity)
         elif self._ring.device != values.device:
@@ -66,7 +67,11 @@ class TokenQueue:
 
     def gate(self, rate: float) -> Tensor:
         """The ``ceil(rate * len)``-th largest value, as a scalar tensor; the queue must not be empty."""
-        return self._kth_largest(self._ring[: self._size], selection_size(rate, self._size))
+        return self._kth_largest(self.unordered(), selection_size(rate, self._size))
+
+    def unordered(self) -> Tensor:
+        """The content, shape ``(len,)``, in no order; not a copy."""
+        return self._ring[: self._size]
 
     def commit(self) -> None:
         """Make the pushes so far final."""
@@ -79,15 +84,15 @@ class TokenQueue:
             self._ring[slots.to(self._ring.device)] = overwritten.to(self._ring.device)
 
     def values(self) -> Tensor:
-        """A copy of the content, shape ``(len,)``, float32, oldest first."""
+        """A copy of the content, shape ``(len,)``, oldest first."""
         if self._size < self.capacity:
             return self._ring[: self._size].clone()
         return self._ring.roll(-self._start)
 
     @classmethod
     def from_values(cls, capacity: int, values: Tensor) -> "TokenQueue":
-        """A queue that holds the newest `capacity` of `values`, shape ``(n,)``."""
-        queue = cls(capacity)
+        """A queue that holds the newest `capacity` of `values`, shape ``(n,)``, in their dtype."""
+        queue = cls(capacity, values.dtype)
         queue.push(values)
         queue.commit()
         return queue

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kd_ext.modules.collectives import Workers
+from kd_ext.modules.language_gates import LanguageGates, pack, unpack
 from kd_ext.modules.running_rank import kth_largest
 from kd_ext.modules.token_queue import TokenQueue, selection_size
 
@@ -50,12 +51,14 @@ class TokenSelector:
     needs_rate = False
     needs_queue = False
     by_language = False
+    window = "each"  # the value of --kd-queue-window
 
     def __init__(self, rate: float, capacity: int, pools: Sequence[str], workers: Optional[Workers] = None) -> None:
         self.rate = rate
         self.capacity = capacity
         self.pools = list(pools)
         self.workers = workers or Workers()
+        self._warned = False
 
     def weights(self, alpha: float) -> Tuple[float, float]:
         """The weights of the label-smoothed term and of the distillation term."""
@@ -103,8 +106,22 @@ class TokenSelector:
         """The committed queues by name, float32, oldest first, on the CPU."""
         return {}
 
-    def load_state_dict(self, queues: Dict[str, Tensor]) -> None:
-        """Continue from the queues of :meth:`state_dict`; of longer ones the newest values are kept."""
+    def load_state_dict(self, queues: Dict[str, Tensor], pools: Optional[Sequence[str]] = None) -> None:
+        """Continue from the queues of :meth:`state_dict`; of longer ones the newest values are kept.
+
+        Args:
+            queues: by name
+            pools: those that there were
+        """
+
+    def sizes(self) -> Dict[str, int]:
+        """How many tokens each queue holds."""
+        return {}
+
+    def _warn_of_untagged(self, tally: Tally) -> None:
+        if not self._warned and any(counts[-1] for counts in tally):
+            self._warned = True
+            logger.warning("a sentence without a language tag: such sentences share the queue '%s'", self.pools[-1])
 
 
 class WordSeqLevel(TokenSelector):
@@ -147,8 +164,11 @@ class _Queued(TokenSelector):
         self.rollback()
         return {pool: queue.values().cpu() for pool, queue in self._queues.items()}
 
-    def load_state_dict(self, queues: Dict[str, Tensor]) -> None:
+    def load_state_dict(self, queues: Dict[str, Tensor], pools: Optional[Sequence[str]] = None) -> None:
         self._queues = {pool: TokenQueue.from_values(self.capacity, v) for pool, v in queues.items()}
+
+    def sizes(self) -> Dict[str, int]:
+        return {pool: len(queue) for pool, queue in self._queues.items()}
 
 
 class BatchLevel(TokenSelector):
@@ -180,11 +200,8 @@ class GlobalLanguageWise(_Queued):
 
     by_language = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._warned = False
-
     def _select(self, nll: Tensor, language: Tensor, tally: Tally) -> Selection:
+        self._warn_of_untagged(tally)
         gates = nll.new_full((len(self.pools),), float("nan"))
         for index, values in enumerate(self._by_language(nll, language, tally)):
             if values.numel() == 0:
@@ -192,9 +209,6 @@ class GlobalLanguageWise(_Queued):
             pool = self.pools[index]
             self._push(pool, values)
             gates[index] = self._queues[pool].gate(self.rate)
-            if index == len(self.pools) - 1 and not self._warned:
-                self._warned = True
-                logger.warning("a sentence without a language tag: such sentences share the queue '%s'", pool)
         return Selection(nll >= gates[language], gates)
 
     def _by_language(self, nll: Tensor, language: Tensor, tally: Tally) -> List[Tensor]:
@@ -206,6 +220,55 @@ class GlobalLanguageWise(_Queued):
         return [torch.cat(parts[index :: len(self.pools)]) for index in range(len(self.pools))]
 
 
+class SharedWindow(TokenSelector):
+    """One queue of the newest tokens of all languages; each language is gated by its own tokens in it.
+
+    So a rare language's gate is of the same time as a frequent one's. Of a language with too few tokens in the queue
+    the gate is that of all tokens, see :class:`~kd_ext.modules.language_gates.LanguageGates`.
+    """
+
+    needs_rate = needs_queue = by_language = True
+    window = "shared"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._queue = TokenQueue(self.capacity, torch.int64)
+        self._gates = LanguageGates(self.rate, len(self.pools))
+
+    def _select(self, nll: Tensor, language: Tensor, tally: Tally) -> Selection:
+        self._warn_of_untagged(tally)
+        keys = self.workers.concat(pack(nll, language), [sum(counts) for counts in tally])
+        self._queue.push(keys)
+        if len(self._queue) == 0:
+            return Selection(nll.bool(), nll.new_full((len(self.pools),), float("nan")))
+        asked = torch.zeros(len(self.pools), dtype=torch.bool, device=nll.device).scatter_(0, unpack(keys)[1], True)
+        gates = self._gates(self._queue.unordered(), asked)
+        return Selection(nll >= gates[language], gates)
+
+    def commit(self) -> None:
+        self._queue.commit()
+
+    def rollback(self) -> None:
+        self._queue.rollback()
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """The committed tokens, oldest first, on the CPU: ``values``, float32, and ``languages``, int32, of `pools`."""
+        self.rollback()
+        values, languages = unpack(self._queue.values().cpu())
+        return {"values": values, "languages": languages.int()}
+
+    def load_state_dict(self, queues: Dict[str, Tensor], pools: Optional[Sequence[str]] = None) -> None:
+        # by name: the tags of the dictionary can be others by now. Tokens of languages that are gone are left out.
+        index = {pool: i for i, pool in enumerate(self.pools)}
+        languages = torch.tensor([index.get(pool, -1) for pool in pools or self.pools])[queues["languages"].long()]
+        known = languages >= 0
+        self._queue = TokenQueue.from_values(self.capacity, pack(queues["values"][known], languages[known]))
+
+    def sizes(self) -> Dict[str, int]:
+        counts = unpack(self._queue.unordered())[1].bincount(minlength=len(self.pools)).tolist()
+        return {pool: count for pool, count in zip(self.pools, counts) if count > 0}
+
+
 # the values of --kd-strategy
 STRATEGIES: Dict[str, Type[TokenSelector]] = {
     "word_seq_level": WordSeqLevel,
@@ -214,3 +277,11 @@ STRATEGIES: Dict[str, Type[TokenSelector]] = {
     "global_level": GlobalLevel,
     "global_language_wise": GlobalLanguageWise,
 }
+
+# the values of --kd-queue-window, for the strategies whose queues are by language
+WINDOWS: Dict[str, Type[TokenSelector]] = {"each": GlobalLanguageWise, "shared": SharedWindow}
+
+
+def selector_class(strategy: str, window: str = "each") -> Type[TokenSelector]:
+    """Of the strategy, and of its queues where there is a choice."""
+    return WINDOWS[window] if STRATEGIES[strategy].by_language else STRATEGIES[strategy]

@@ -188,7 +188,12 @@ class TranslationWithKDTask(TranslationTask):
     def state_dict(self) -> Dict[str, Any]:
         state = {**super().state_dict(), trained_with.KEY: self.trained_with}
         if self.selector is not None and self.selector.needs_queue:
-            state["kd"] = {"strategy": self.cfg.kd_strategy, "queues": self.selector.state_dict()}
+            state["kd"] = {
+                "strategy": self.cfg.kd_strategy,
+                "window": self.selector.window,
+                "pools": self.selector.pools,
+                "queues": self.selector.state_dict(),
+            }
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -198,13 +203,17 @@ class TranslationWithKDTask(TranslationTask):
         super().load_state_dict(state)
         if self.selector is None or not self.selector.needs_queue:
             return
-        if saved is None or saved["strategy"] != self.cfg.kd_strategy:
+        kind = _kind_of_queues(self.cfg.kd_strategy, self.selector.window)
+        # checkpoints from before there was a choice have no "window"
+        saved_kind = _kind_of_queues(saved["strategy"], saved.get("window", "each")) if saved else "none"
+        if saved is None or saved_kind != kind:
             logger.warning(
-                "the checkpoint has no queues of --kd-strategy %s (its own: %s); they start empty",
-                self.cfg.kd_strategy,
-                saved["strategy"] if saved else "none",
+                "the checkpoint has no queues of --kd-strategy %s (its own: %s); they start empty", kind, saved_kind
             )
             return
-        self.selector.load_state_dict(saved["queues"])
-        sizes = {name: values.numel() for name, values in saved["queues"].items()}
-        logger.info("restored the queues of --kd-strategy %s: %s tokens", self.cfg.kd_strategy, sizes)
+        self.selector.load_state_dict(saved["queues"], saved.get("pools"))
+        logger.info("restored the queues of --kd-strategy %s: %s tokens", kind, self.selector.sizes())
+
+
+def _kind_of_queues(strategy: str, window: str) -> str:
+    return strategy + (f" --kd-queue-window {window}" if window != "each" else "")
