@@ -37,6 +37,11 @@ WITH_TEACHER = {
     "rate over 1": ("--kd-strategy batch_level --kd-rate 50", ["--kd-rate 50.0", "(0, 1]"]),
     "queue missing": (GLOBAL, ["--kd-queue-size is missing", "global_level"]),
     "queue 0": (f"{GLOBAL} --kd-queue-size 0", ["--kd-queue-size 0", "over 0"]),
+    "unknown window": (f"{LANGUAGES} --kd-queue-window one", ["--kd-queue-window one", "each, shared"]),
+    "shared window, more than there is memory": (
+        f"{LANGUAGES}{'0' * 13} --kd-queue-window shared",
+        ["too large: 1 queue of it, 8 bytes a token", "at most"],
+    ),
     "temperature 0": ("--kd-temperature 0", ["--kd-temperature 0.0", "over 0"]),
     "prefix under 0": ("--ignore-prefix-size=-1", ["--ignore-prefix-size -1", "0 for none"]),
     "no such tag": (

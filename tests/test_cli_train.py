@@ -15,6 +15,7 @@ README_LINES = [
     "--kd-strategy batch_level --kd-rate 0.5",
     "--kd-strategy global_level --kd-rate 0.5 --kd-queue-size 1000000",
     "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 1000000",
+    "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 100000 --kd-queue-window shared",
 ]
 
 
@@ -118,6 +119,8 @@ def test_a_checkpoint_holds_nothing_of_the_teacher(student, teacher):
 
 
 def test_unused_flags_are_said(distil, tmp_path):
-    result = distil(tmp_path, "--max-update", "1", "--alpha", "0.3", "--kd-queue-size", "7", strategy="batch_level")
+    unused = ["--alpha", "0.3", "--kd-queue-size", "7", "--kd-queue-window", "shared"]
+    result = distil(tmp_path, "--max-update", "1", *unused, strategy="batch_level")
     assert "--alpha 0.3 has no effect with --kd-strategy batch_level" in result.output
     assert "--kd-queue-size 7 has no effect with --kd-strategy batch_level" in result.output
+    assert "--kd-queue-window shared has no effect with --kd-strategy batch_level" in result.output

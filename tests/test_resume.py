@@ -10,6 +10,8 @@ from fairseq.trainer import Trainer
 
 from kd_ext.upstream import patience
 
+SHARED = ["--kd-queue-window", "shared"]
+
 
 def is_trained(name):
     """Not upstream's eight dead parameters of an encoder layer, nor the uninitialized buffer of its positions."""
@@ -47,10 +49,36 @@ def test_stopped_and_resumed(distil, tmp_path, strategy):
         assert sum(values.numel() for values in queues.values()) >= 700
 
 
-@pytest.mark.parametrize("strategy", ["global_level", "global_language_wise"])
-def test_killed_in_mid_epoch(distil, data, teacher, tmp_path, strategy):
+def test_stopped_and_resumed_with_one_window_for_all_languages(distil, tmp_path):
+    """The same run, and gates of a window that is full by then: 16 updates an epoch, of about 100 tokens."""
+    flags = ["--dropout", "0.1", "--no-epoch-checkpoints", *SHARED]
+    for folder, stops in (("whole", [20]), ("parts", [10, 20])):
+        for stop in stops:
+            done = distil(tmp_path / folder, *flags, "--max-update", stop, strategy="global_language_wise")
+            assert done.returncode == 0, done.output
+    assert "restored the queues of --kd-strategy global_language_wise --kd-queue-window shared" in done.output
+    queues = assert_same_run(tmp_path / "whole/checkpoint_last.pt", tmp_path / "parts/checkpoint_last.pt")
+    assert {name: values.numel() for name, values in queues.items()} == {"values": 300, "languages": 300}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "others"),
+    [("global_level", []), ("global_language_wise", []), ("global_language_wise", SHARED)],
+    ids=["global_level", "global_language_wise", "shared"],
+)
+def test_killed_in_mid_epoch(distil, data, teacher, tmp_path, strategy, others):
     # 16 updates an epoch; saved after the 20th and at the end, so that the kill never comes while a file is written
-    flags = ["--dropout", "0.1", "--save-interval-updates", "20", "--save-interval", "99", "--max-update", "39"]
+    flags = [
+        *others,
+        "--dropout",
+        "0.1",
+        "--save-interval-updates",
+        "20",
+        "--save-interval",
+        "99",
+        "--max-update",
+        "39",
+    ]
     assert distil(tmp_path / "whole", *flags, strategy=strategy).returncode == 0
     save_dir = tmp_path / "killed"
     save_dir.mkdir()
@@ -144,3 +172,16 @@ def test_another_strategy_on_resume_is_said(distil, tmp_path):
     result = distil(tmp_path, "--max-update", 6, strategy="global_language_wise")
     assert result.returncode == 0
     assert "no queues of --kd-strategy global_language_wise (its own: global_level)" in result.output
+
+
+@pytest.mark.parametrize(("before", "after"), [([], SHARED), (SHARED, [])], ids=["to shared", "to each"])
+def test_another_window_on_resume_is_said(distil, tmp_path, before, after):
+    """The queues start empty: what one kind holds, the other does not."""
+    strategy = "global_language_wise"
+    assert distil(tmp_path, *before, "--max-update", 5, strategy=strategy).returncode == 0
+    result = distil(tmp_path, *after, "--max-update", 6, strategy=strategy)
+    assert result.returncode == 0, result.output
+    names = [" ".join([strategy, *flags]) for flags in (after, before)]
+    assert "no queues of --kd-strategy {} (its own: {}); they start empty".format(*names) in result.output
+    queues = load(tmp_path / "checkpoint_last.pt")["task_state"]["kd"]["queues"]
+    assert 0 < sum(values.numel() for values in queues.values()) <= 2 * 200  # of one update alone

@@ -37,13 +37,22 @@ def tokens(output):
 
 
 def queued(path):
-    return torch.cat(list(load(path)["task_state"]["kd"]["queues"].values()))
+    queues = load(path)["task_state"]["kd"]["queues"]
+    return queues["values"] if "values" in queues else torch.cat(list(queues.values()))
 
 
 @needs_half
-@pytest.mark.parametrize("strategy", ["global_level", "global_language_wise"])
-def test_a_batch_whose_gradient_overflows_might_as_well_not_have_been(train_half, tmp_path, strategy):
-    flags = [*HALF, "--max-update", "6"]
+@pytest.mark.parametrize(
+    ("strategy", "others"),
+    [
+        ("global_level", []),
+        ("global_language_wise", []),
+        ("global_language_wise", ["--kd-queue-window", "shared"]),
+    ],
+    ids=["global_level", "global_language_wise", "shared"],
+)
+def test_a_batch_whose_gradient_overflows_might_as_well_not_have_been(train_half, tmp_path, strategy, others):
+    flags = [*others, *HALF, "--max-update", "6"]
     status, output = train_half(tmp_path / "a", *flags, "--fp16-init-scale", 2**30, strategy=strategy)
     assert status == 0, output
     overflows = re.findall(r"gradient overflow detected.*setting loss scale to: ([\d.]+)", output)

@@ -72,6 +72,32 @@ def test_a_queue_of_another_size_on_resume_goes_on_from_the_newest(size):
         assert run.task.state_dict()["kd"]["queues"]["all"].tolist() == expected
 
 
+@pytest.mark.parametrize("size", [1, 9, 20, 24, 1000])
+def test_a_shared_window_of_another_size_on_resume(size):
+    flags = {"kd_rate": 0.5, "kd_queue_window": "shared"}
+    run = Run("global_language_wise", kd_queue_size=20, **flags)
+    values, language = torch.arange(30.0), torch.arange(30) % 3
+    run.task.selector.select(values, language)
+    run.task.selector.commit()
+    resumed = Run("global_language_wise", kd_queue_size=size, **flags)
+    resumed.task.load_state_dict(run.task.state_dict())
+    queues = resumed.task.state_dict()["kd"]["queues"]
+    assert queues["values"].tolist() == list(range(10, 30))[-size:]
+    assert queues["languages"].tolist() == [i % 3 for i in range(10, 30)][-size:]
+
+
+@pytest.mark.parametrize(("saved", "now"), [("each", "shared"), ("shared", "each")])
+def test_another_window_on_resume_starts_empty(saved, now, caplog):
+    flags = {"kd_rate": 0.5, "kd_queue_size": 20}
+    run, resumed = (Run("global_language_wise", kd_queue_window=window, **flags) for window in (saved, now))
+    run.forward(BATCH)
+    run.task.selector.commit()
+    resumed.task.load_state_dict(run.task.state_dict())
+    assert "they start empty" in caplog.text
+    assert sum(resumed.task.selector.sizes().values()) == 0
+    resumed.forward(BATCH)
+
+
 @pytest.mark.parametrize("strategy", ["word_seq_level", "word_level", "batch_level"])
 def test_strategies_without_a_queue_save_nothing(strategy):
     run = Run(strategy, kd_rate=0.5)

@@ -188,12 +188,9 @@ class TranslationWithKDTask(TranslationTask):
     def state_dict(self) -> Dict[str, Any]:
         state = {**super().state_dict(), trained_with.KEY: self.trained_with}
         if self.selector is not None and self.selector.needs_queue:
-            state["kd"] = {
-                "strategy": self.cfg.kd_strategy,
-                "window": self.selector.window,
-                "pools": self.selector.pools,
-                "queues": self.selector.state_dict(),
-            }
+            state["kd"] = {"strategy": self.cfg.kd_strategy, "queues": self.selector.state_dict()}
+            if self.selector.window != "each":
+                state["kd"].update(window=self.selector.window, pools=self.selector.pools)
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -204,7 +201,6 @@ class TranslationWithKDTask(TranslationTask):
         if self.selector is None or not self.selector.needs_queue:
             return
         kind = _kind_of_queues(self.cfg.kd_strategy, self.selector.window)
-        # checkpoints from before there was a choice have no "window"
         saved_kind = _kind_of_queues(saved["strategy"], saved.get("window", "each")) if saved else "none"
         if saved is None or saved_kind != kind:
             logger.warning(
