@@ -14,14 +14,15 @@ from models import build, dictionary
 
 from kd_ext.models.output_projection import find_projection
 from kd_ext.modules.chunked_loss import Weights, chunked_loss
-from kd_ext.modules.token_selection import GlobalLanguageWise
+from kd_ext.modules.token_selection import WINDOWS
 
 LENGTH, VOCABULARY, RATE = 32, 32_000, 0.5
 # tokens in a batch, width and depth of the student
 TOKENS, WIDTH, LAYERS = (8192, 512, 6) if DEVICE == "cuda" else (2048, 256, 3)
 SIZES = [100_000, 1_000_000] if DEVICE == "cuda" else [10_000, 100_000, 1_000_000, 4_000_000]
 PRECISIONS = ["bfloat16"] if DEVICE == "cuda" else ["float32"]
-LANGUAGES = [1, 11]
+# --kd-queue-window, and how many languages there are
+QUEUES = [("each", 1), ("each", 11), ("shared", 11), ("shared", 100)]
 BATCHES = 100
 if os.environ.get("KD_EXT_REHEARSE"):
     TOKENS, WIDTH, LAYERS, SIZES, BATCHES = 64, 64, 1, [1000], 5
@@ -62,19 +63,26 @@ def losses(count, batch):
     return torch.rand(count, device=DEVICE) * (10 - 0.01 * batch)
 
 
-def select(size, languages):
+def select(window, size, languages):
     """Mean times of a batch's selection by full queues, and of a search of all of their values."""
     pools = [f"language {i}" for i in range(languages)] + ["others"]
-    selector = GlobalLanguageWise(RATE, size, pools)
-    queues = {pool: losses(size, 0) for pool in pools[:-1]}
-    selector.load_state_dict(queues)
-    language = torch.arange(TOKENS, device=DEVICE) % languages
+    selector = WINDOWS[window](RATE, size, pools)
+    # a language has 0.7 of the tokens of the one before it, but at least a hundredth of the first one's
+    shares = torch.tensor([max(0.5 ** (i / 2), 0.01) for i in range(languages)], device=DEVICE)
+    if window == "each":
+        queues = {pool: losses(size, 0) for pool in pools[:-1]}
+        selector.load_state_dict(queues)
+    else:
+        language = shares.multinomial(size, replacement=True)
+        saved = {"values": losses(size, 0), "languages": language.int()}
+        selector.load_state_dict({name: x.cpu() for name, x in saved.items()}, pools)
+        queues = {pool: saved["values"][language == i] for i, pool in enumerate(pools[:-1])}
     selection = []
     for batch in range(BATCHES):
-        nll = losses(TOKENS, batch)
+        nll, language = losses(TOKENS, batch), shares.multinomial(TOKENS, replacement=True)
         selection.append(timed(selector.select, nll, language))
         selector.commit()
-    search = [timed(lambda: [x.kthvalue(size // 2) for x in queues.values()]) for _ in range(5)]
+    search = [timed(lambda: [x.kthvalue((len(x) + 1) // 2) for x in queues.values() if len(x)]) for _ in range(5)]
     return {"selection": statistics.mean(selection), "search": statistics.mean(search)}
 
 
@@ -84,9 +92,16 @@ def main() -> None:
     for precision in PRECISIONS:
         function = make_step(precision)
         step = statistics.median(timed(function) for _ in range(5))
-        for languages, size in itertools.product(LANGUAGES, SIZES):
-            taken = select(size, languages)
-            row = {"precision": precision, "queues": languages, "size": size, **taken, "step": step}
+        for (window, languages), size in itertools.product(QUEUES, SIZES):
+            taken = select(window, size, languages)
+            row = {
+                "precision": precision,
+                "window": window,
+                "languages": languages,
+                "size": size,
+                **taken,
+                "step": step,
+            }
             rows.append({**row, "share": taken["selection"] / step})
             print(rows[-1], flush=True)
     save("queue_gate", rows, tokens=TOKENS, vocabulary=VOCABULARY, rate=RATE)

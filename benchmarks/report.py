@@ -86,11 +86,12 @@ def steps(rows: List[Dict[str, Any]]) -> str:
 
 def queue_gate(rows: List[Dict[str, Any]]) -> str:
     lines = [
-        [row["precision"], row["queues"], f"{row['size']:,}", number(1e3 * row["selection"], 3)]
+        [row["precision"], row["window"], row["languages"], f"{row['size']:,}", number(1e3 * row["selection"], 3)]
         + [number(1e3 * row["search"], 3), f"{100 * row['share']:.2f} %"]
         for row in rows
     ]
-    header = ["precision of the step", "queues", "tokens each", "selection, ms", "plain search, ms", "of a step"]
+    header = ["precision of the step", "window", "languages", "tokens of a queue"]
+    header += ["selection, ms", "plain search, ms", "of a step"]
     return table(header, lines)
 
 
