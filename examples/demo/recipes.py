@@ -33,8 +33,9 @@ _PLAIN = ("--criterion", "label_smoothed_cross_entropy")
 _DISTILLED = (
     *("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"),
     *("--teacher-checkpoint-path", f"{TEACHER}/{CHECKPOINT}", "--kd-strategy", "global_language_wise"),
-    # a queue of few enough tokens that their losses are of much the same model
-    *("--kd-rate", "0.5", "--kd-queue-size", "10000"),
+    # of few enough tokens, about 30 batches, that their losses are of much the same model, and of all languages
+    # together: alone a rare one would need many more batches to have as many
+    *("--kd-rate", "0.5", "--kd-queue-size", "30000", "--kd-queue-window", "shared"),
 )
 # as many depths as the student has layers, one layer's parameters on each side
 _COMPACT = (

@@ -32,7 +32,7 @@ def pack(values: Tensor, language: Tensor) -> Tensor:
     Returns:
         shape ``(n,)``, int64: the language above the value's bits
     """
-    values = values.detach() + 0.0  # which makes 0 of -0
+    values = values.detach().float() + 0.0  # which makes 0 of -0
     values = torch.where(values.isnan(), torch.full_like(values, float("nan")), values)  # one NaN of all that there are
     return (language << _BITS) + (_mirrored(values.view(torch.int32)).long() + (1 << (_BITS - 1)))
 
