@@ -30,6 +30,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/adapter_tuning.py
+	$(BIN)/python benchmarks/teacher_pass.py --only speed
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/report.py
 

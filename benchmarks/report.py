@@ -165,6 +165,46 @@ def startup(rows: List[Dict[str, Any]]) -> str:
     return table(["with the hook over without", "difference, ms", "the hook's own import, ms"], [line])
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def padding(rows: List[Dict[str, Any]]) -> str:
+    """Of all positions, and of multiply-adds on paper."""
+    lines = [
+        [row["text"], f"{row['max_tokens']:,}", row["multiple"], row["batches"], percent(row["source"])]
+        + [percent(row[name]) for name in ("target", "of_a_layer", "of_the_teacher", "of_a_step")]
+        for row in rows
+    ]
+    header = ["sentences", "tokens a batch", "multiple of", "batches", "padding, source", "target"]
+    return table([*header, "padding's feed-forward of a layer", "of the teacher's pass", "of a step"], lines)
+
+
+def teacher_pass(rows: List[Dict[str, Any]]) -> str:
+    """Medians over rounds, and quartiles, of what a variant took over what float32 took in the same round."""
+    lines = []
+    for row in rows:
+        if "skipped" in row:
+            lines.append([row["variant"], row["skipped"], *["-"] * 5])
+            continue
+        found = [row["variant"]]
+        for what in ("pass", "step"):
+            quartiles = " to ".join(map(number, row[f"{what}_quartiles"]))
+            found += [number(row[f"{what}_seconds"]), number(row[f"{what}_over_float32"]), quartiles]
+        lines.append(found)
+    header = ["teacher", "pass, s", "over float32", "quartiles", "step, s", "over float32", "quartiles"]
+    return table(header, lines)
+
+
+def teacher_exactness(rows: List[Dict[str, Any]]) -> str:
+    """Bits a token."""
+    names = ("kd_kl", "moved_kd_kl", "kl_mean", "kl_max", "same_best_word")
+    lines = [
+        [row["variant"], *(f"{row[name]:.3g}" if name in row else row["skipped"] for name in names)] for row in rows
+    ]
+    return table(["teacher", "kd_kl", "more", "KL from float32, mean", "max", "same best word"], lines)
+
+
 def main() -> None:
     text = "# Measured by `make bench`\n"
     titles = {
@@ -176,6 +216,9 @@ def main() -> None:
         adapter_tuning: "Adapter tuning",
         selection_share: "The share of the tokens that is selected, --kd-rate 0.5",
         cache_quality: "Quality from a teacher cache",
+        padding: "Padding in training",
+        teacher_pass: "The teacher's pass on a CPU",
+        teacher_exactness: "What that does to a trained teacher",
         startup: "The start of an interpreter, with the start-up line and without",
     }
     for section, title in titles.items():

@@ -1,0 +1,264 @@
+"""``--torch-compile``: the numbers, names and messages of a run without it.
+
+torch's own compiler takes a minute to build the kernels of even these models: one test has it. The others let torch
+trace and specialize the layers as it would, and run what it traced as it is.
+"""
+
+import re
+
+import pytest
+import torch
+from commands import ROOT, run, run_as_typed
+from conftest import KD, SIZES, TRAINING, load
+from test_bad_usage import assert_refused
+from test_cli_inference import hypotheses
+from test_cli_train import logged
+from test_configs import SHORT, TINY
+from test_resume import is_trained
+from tiny_models import batch, both, build, logits
+
+from kd_ext.errors import ConfigError
+from kd_ext.modules import compiled_layers
+from kd_ext.upstream import torch_compile
+
+HAS_COMPILER = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="torch < 2.3")
+COMPILE = ["--torch-compile"]
+ADAPTERS = ["add-adapters", "adapter-ids=hi,ta"]
+# of messages by which torch's compiler makes itself heard, and of its modules' names
+FLOOD = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "recompil",
+    "Graph break",
+    "graph break",
+    "Unsupported",
+)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """A user folder that is the plugin, with a compiler that traces alone, and says after each update how often."""
+    folder = tmp_path_factory.mktemp("traced") / "traced_layers"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "import functools\n"
+        "import torch\n"
+        "import kd_ext\n"
+        "from fairseq.trainer import Trainer\n"
+        "torch.compile = functools.partial(torch.compile, backend='eager')\n"
+        "step = Trainer.train_step\n"
+        "def train_step(self, *args, **kwargs):\n"
+        "    from torch._dynamo.utils import counters\n"
+        "    logged = step(self, *args, **kwargs)\n"
+        "    print('traced', counters['stats']['unique_graphs'], 'broken', sum(counters['graph_break'].values()))\n"
+        "    return logged\n"
+        "Trainer.train_step = train_step\n"
+    )
+    return ["--user-dir", folder]
+
+
+def graphs(output):
+    """After each update how often layers have been traced so far."""
+    return [int(count) for count in re.findall(r"^traced (\d+) broken 0$", output, re.MULTILINE)]
+
+
+def assert_alike(a, b, names=("nll_loss", "loss", "kd_loss", "gnorm")):
+    """All losses of two runs, which print three decimals."""
+    for name in names:
+        losses = logged(a.output, name)
+        assert losses, name
+        assert logged(b.output, name) == pytest.approx(losses, abs=2.1e-3), name
+
+
+@needs_compiler
+def test_training_as_typed(data, teacher, tmp_path):
+    """By torch's own compiler: the same losses, one line about compiling, and no other."""
+    flags = [*TRAINING, "--arch", "transformer", *SIZES, *KD, "--teacher-checkpoint-path", teacher, "--dropout", "0"]
+    flags += ["--max-update", 60, "--no-epoch-checkpoints"]
+    runs = [
+        run_as_typed("fairseq-train", data, *flags, *more, "--save-dir", tmp_path / name)
+        for name, more in (("plain", []), ("compiled", COMPILE))
+    ]
+    for result in runs:
+        assert result.returncode == 0, result.output
+    assert_alike(*runs)
+    said = [line for line in runs[1].output.splitlines() if "compil" in line and "Namespace" not in line]
+    said = [line for line in said if "'torch_compile'" not in line]  # the settings, which fairseq prints
+    assert len(said) == 1, said
+    assert re.search(r"--torch-compile: compiling took \d+ seconds$", said[0])
+    assert not any(word in runs[1].output for word in FLOOD)
+    assert len(runs[1].output.splitlines()) <= len(runs[0].output.splitlines()) + 1
+    plain, compiled = (load(tmp_path / name / "checkpoint_last.pt") for name in ("plain", "compiled"))
+    assert list(plain["model"]) == list(compiled["model"])
+    for name, tensor in plain["model"].items():
+        assert tensor.shape == compiled["model"][name].shape
+
+
+@pytest.fixture(scope="module")
+def typed(data, teacher, traced):
+    """Runs training with the compiler that traces, or without one; dropout is off and all losses are printed."""
+
+    def typed(save_dir, *flags, updates, arch="transformer"):
+        save_dir.mkdir(parents=True, exist_ok=True)
+        given = [data, *TRAINING, *traced, "--arch", arch, *SIZES, *KD, "--teacher-checkpoint-path", teacher]
+        given += ["--dropout", "0", "--no-epoch-checkpoints", "--save-dir", save_dir, "--max-update", updates, *flags]
+        result = run(save_dir / f"log{updates}", "fairseq-train", *given)
+        assert result.returncode == 0, result.output
+        return result
+
+    return typed
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arch", "flags"),
+    [
+        ("transformer", ["--kd-strategy", "batch_level", "--kd-rate", "0.5"]),
+        ("transformer", ["--encoder-normalize-before", "--decoder-normalize-before"]),
+        ("transformer_ext", ["--encoder-recurrent-stacking", "3", "--decoder-recurrent-stacking", "3"]),
+        ("transformer_ext", [f"--{side}-{flag}" for side in ("encoder", "decoder") for flag in ADAPTERS]),
+    ],
+)
+def test_losses_and_names(typed, tmp_path, arch, flags):
+    plain = typed(tmp_path / "plain", *flags, updates=12, arch=arch)
+    compiled = typed(tmp_path / "compiled", *flags, *COMPILE, updates=12, arch=arch)
+    assert_alike(plain, compiled)
+    assert not graphs(plain.output)[-1]
+    assert graphs(compiled.output)[-1]
+    a, b = (load(tmp_path / name / "checkpoint_last.pt") for name in ("plain", "compiled"))
+    assert list(a["model"]) == list(b["model"])
+    for name in filter(is_trained, a["model"]):
+        torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=5e-3)
+
+
+@needs_compiler
+def test_resumed_runs_with_it_and_without(typed, tmp_path):
+    """Stopped in mid-epoch, each goes on from either's checkpoint as if it had not been stopped."""
+    whole = {name: typed(tmp_path / f"whole{name}", *more, updates=20) for name, more in (("", []), ("c", COMPILE))}
+    for first in ("", "c"):
+        for then in ("", "c"):
+            save_dir = tmp_path / f"{first or 'plain'}-{then or 'plain'}"
+            typed(save_dir, *(COMPILE if first else []), updates=10)
+            resumed = typed(save_dir, *(COMPILE if then else []), updates=20)
+            assert "Loaded checkpoint" in resumed.output
+            for name in ("nll_loss", "kd_loss"):
+                expected = logged(whole[then].output, name)[10:]
+                assert len(expected) == 10
+                assert logged(resumed.output, name) == pytest.approx(expected, abs=2.1e-3)
+
+
+@needs_compiler
+def test_versions_of_a_layer(typed, tmp_path):
+    """Over three epochs of batches of all lengths: a handful for each kind of layer, nearly all in the first."""
+    compiled = typed(tmp_path, *COMPILE, "--disable-validation", "--dropout", "0.1", updates=48)
+    found = graphs(compiled.output)
+    assert len(found) == 48
+    print(found)
+    assert found[-1] <= 24
+    assert found[-1] == found[31]
+
+
+@needs_compiler
+def test_translations(data, student, traced):
+    """Of generate and interactive: those without it, and scores to the digits printed; validate's loss."""
+    at = ["--path", student, "--cpu"]
+    outputs = [run_as_typed("fairseq-generate", data, *traced, *at, "--beam", 3, *more) for more in ([], COMPILE)]
+    found = [hypotheses(result.output) for result in outputs]
+    assert len(found[0]) == 20
+    for before, after in zip(*found):
+        (index, score, words), (same, near, too) = before.split("\t"), after.split("\t")
+        assert (index, words) == (same, too)
+        assert float(near) == pytest.approx(float(score), abs=1e-4)
+    text = "__src__hi __tgt__en w1 w2 w3\n__src__ta __tgt__en w4\n"
+    lines = [
+        [line.split("\t")[2] for line in hypotheses(result.output)]
+        for result in (
+            run_as_typed("fairseq-interactive", data, *traced, *at, *more, stdin=text) for more in ([], COMPILE)
+        )
+    ]
+    assert len(lines[0]) == 2
+    assert lines[0] == lines[1]
+    losses = [
+        re.findall(r"valid .*\| nll_loss ([\d.]+)", result.output)
+        for result in (
+            run_as_typed("fairseq-validate", data, *traced, *at, "--max-tokens", 200, *more) for more in ([], COMPILE)
+        )
+    ]
+    assert losses[0] == losses[1] != []
+
+
+@needs_compiler
+def test_under_hydra(data, teacher, tmp_path, traced):
+    settings = [f"common.user_dir={traced[1]}", f"task.data={data}", f"checkpoint.save_dir={tmp_path / 'out'}"]
+    settings += [f"task.teacher_checkpoint_path={teacher}", "checkpoint.no_save=true", *SHORT, *TINY]
+    recipe = ["--config-dir", ROOT / "configs", "--config-name", "word_level", *settings]
+    for more, is_traced in (([], False), (["+torch_compile=true"], True)):
+        result = run(tmp_path / "log", "fairseq-hydra-train", *recipe, *more)
+        assert result.returncode == 0, result.output
+        assert (graphs(result.output)[-1] > 0) == is_traced
+
+
+def test_an_old_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.2.2+cpu")
+    torch_compile._require_compiler.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"--torch-compile: torch 2\.2\.2\+cpu is too old; torch >= 2\.3"):
+            torch_compile._require_compiler()
+    finally:
+        torch_compile._require_compiler.cache_clear()
+
+
+@pytest.mark.skipif(HAS_COMPILER, reason="torch >= 2.3")
+def test_the_old_torch_that_is_here(distil, tmp_path):
+    result = distil(tmp_path, *COMPILE, "--max-update", "1")
+    assert_refused(result, tmp_path, "--torch-compile: torch", "torch >= 2.3")
+
+
+@needs_compiler
+def test_no_compiler(data, teacher, tmp_path):
+    """As on a machine without one of C++."""
+    flags = [*TRAINING, "--arch", "transformer", *SIZES, *KD, "--teacher-checkpoint-path", teacher, "--max-update", 1]
+    missing = {"PATH": "/nowhere", "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = run_as_typed("fairseq-train", data, *flags, *COMPILE, "--save-dir", tmp_path, **missing)
+    assert_refused(result, tmp_path, "--torch-compile: torch cannot compile here", "leave it out")
+
+
+@needs_compiler
+def test_checkpointed_activations(distil, tmp_path):
+    result = distil(tmp_path, *COMPILE, "--checkpoint-activations", "--max-update", "1")
+    assert_refused(result, tmp_path, "--torch-compile: not with --checkpoint-activations")
+
+
+@needs_compiler
+def test_a_model_without_layers(data, tmp_path, traced):
+    lstm = [data, *TRAINING, *traced, "--arch", "lstm", "--save-dir", tmp_path / "lstm", "--max-update", 1]
+    result = run(tmp_path / "log", "fairseq-train", *lstm, *COMPILE)
+    assert_refused(result, tmp_path / "lstm", "--torch-compile: a LSTMModel has no layers", "leave it out")
+
+
+@needs_compiler
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_what_a_compiled_model_is(pre_norm, monkeypatch):
+    """Its parameters and names stay; full passes give the same logits; decoding step by step compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiling(*args, **kwargs, backend="eager"))
+    model = build("transformer_ext", **both(normalize_before=pre_norm)).eval()
+    source, previous = batch()
+    with torch.no_grad():
+        expected, names = logits(model, source, previous), list(model.state_dict())
+        assert compiled_layers.compile_layers(model) == 4
+        assert list(model.state_dict()) == names
+        assert all(layer._compiled_call_impl is not None for layer in model.encoder.layers)
+        before = counters["stats"]["unique_graphs"]
+        torch.testing.assert_close(logits(model, source, previous), expected, rtol=1e-5, atol=1e-5)
+        after = counters["stats"]["unique_graphs"]
+        assert after > before
+        encoded, state, steps = model.encoder(source, source.ne(1).sum(1)), {}, []
+        for t in range(1, previous.size(1) + 1):
+            steps.append(model.decoder(previous[:, :t], encoder_out=encoded, incremental_state=state)[0])
+        assert counters["stats"]["unique_graphs"] == after
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
