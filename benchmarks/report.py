@@ -182,17 +182,17 @@ def padding(rows: List[Dict[str, Any]]) -> str:
 
 def teacher_pass(rows: List[Dict[str, Any]]) -> str:
     """Medians over rounds, and quartiles, of what a variant took over what float32 took in the same round."""
-    lines = []
+    lines, clocks = [], [(what, clock) for what in ("pass", "step") for clock in ("seconds", "processor_seconds")]
     for row in rows:
-        if "skipped" in row:
-            lines.append([row["variant"], row["skipped"], *["-"] * 5])
-            continue
-        found = [row["variant"]]
-        for what in ("pass", "step"):
-            quartiles = " to ".join(map(number, row[f"{what}_quartiles"]))
-            found += [number(row[f"{what}_seconds"]), number(row[f"{what}_over_float32"]), quartiles]
-        lines.append(found)
-    header = ["teacher", "pass, s", "over float32", "quartiles", "step, s", "over float32", "quartiles"]
+        line = [row["variant"], row.get("skipped", "")]
+        for what, clock in clocks if len(row) > 2 else []:
+            name = f"{what}_{clock}"
+            low, high = map(number, row[f"{name}_quartiles"])
+            line += [number(row[name]), f"{number(row[f'{name}_over_float32'])} ({low} to {high})"]
+        lines.append(line)
+    header = ["teacher", ""]
+    for what, clock in clocks:
+        header += [f"{what}, {clock.replace('_', ' ')}", "over float32"]
     return table(header, lines)
 
 

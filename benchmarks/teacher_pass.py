@@ -7,12 +7,16 @@ they cost in exactness is measured on the demo's teacher and student, after ``ma
 
 import argparse
 import copy
+import functools
+import os
 import statistics
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait use no processor time
 
 import torch
 from common import HERE, THREADS, save
@@ -26,6 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kd_ext.upstream  # noqa: F401
+from kd_ext.models.output_projection import find_projection
 from kd_ext.modules.compiled_layers import compile_layers
 from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
@@ -63,6 +68,9 @@ class Attention(nn.Module):
             mask = hidden if mask is None else mask + hidden
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.permute(2, 0, 1, 3).reshape(steps, sentences, width)), None
+
+    def _get_input_buffer(self, _):
+        return {}  # fairseq's decoder layer asks, in full passes too
 
 
 def layers_of(model: nn.Module) -> List[Any]:
@@ -122,6 +130,7 @@ def drop_padding(model: nn.Module) -> None:
             layer.fc1, layer.fc2 = Gather(layer.fc1, where, side), Scatter(layer.fc2, where, side)
     inner = model.forward
 
+    @functools.wraps(inner)  # of its arguments the loss asks
     def forward(src_tokens, src_lengths, prev_output_tokens, **kwargs):
         for side, tokens in (("encoder", src_tokens), ("decoder", prev_output_tokens)):
             where[side] = tokens.t().ne(model.decoder.padding_idx).flatten().nonzero().squeeze(1)
@@ -146,7 +155,6 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "float32": Variant(),
-    "float32, again": Variant(),
     "bfloat16": Variant(dtype=torch.bfloat16),
     "int8": Variant(quantize),
     "compiled": Variant(compiled),
@@ -158,13 +166,14 @@ VARIANTS = {
 }
 
 
-def prepared(models: List[nn.Module], projections: Any, variant: Variant) -> Teacher:
+def prepared(loaded: Teacher, variant: Variant) -> Teacher:
     """A teacher of its own for a variant."""
-    for model in models:
-        if variant.change is not None:
-            variant.change(model)
-    teacher = Teacher(models, projections)
+    models = copy.deepcopy(loaded.models)
+    teacher = Teacher(models, [find_projection(model) for model in models])
     teacher.place(torch.device("cpu"), variant.dtype)
+    if variant.change is not None:
+        for model in teacher.models:
+            variant.change(model)
     return teacher
 
 
@@ -217,13 +226,15 @@ def real_positions(sample: Any, padding: int = 1) -> Positions:
     return Positions(sample["target"].ne(padding))
 
 
-def seconds(function: Callable, *arguments: Any) -> float:
-    start = time.perf_counter()
+def seconds(function: Callable, *arguments: Any) -> Tuple[float, float]:
+    """How long a call takes by the clock, and of processors."""
+    start, used = time.perf_counter(), time.process_time()
     function(*arguments)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - used
 
 
-def speed(rounds: int) -> List[Dict[str, Any]]:
+def speed(variants: Dict[str, Variant], rounds: int, note: Callable) -> None:
+    """Give `note` what has been measured so far, after every round."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
@@ -232,45 +243,50 @@ def speed(rounds: int) -> List[Dict[str, Any]]:
         teacher.consolidate_optimizer()  # asked for before a checkpoint is saved
         teacher.save_checkpoint(str(checkpoint), {"train_iterator": {"epoch": 1}})
         student = ["--teacher-checkpoint-path", checkpoint, "--kd-strategy", "word_level"]
-        # with all of the student's changes: each trainer is one student
+        # each change to a student is a trainer of its own
         trainers, teachers, why = {}, {}, {}
-        for name, variant in VARIANTS.items():
+        for name, variant in variants.items():
             try:
                 if variant.of_student not in trainers:
                     made = trainer_of(folder, *model_flags("student"), *student)
-                    made.criterion.teacher = None
+                    loaded, made.criterion.teacher = made.criterion.teacher, None
                     if variant.of_student is not None:
                         variant.of_student(made.model)
                     trainers[variant.of_student] = made
-                fresh = trainers[variant.of_student].task._load_teacher()
-                teachers[name] = prepared(fresh.models, fresh._projections, variant)
+                teachers[name] = prepared(loaded, variant)
             except CannotError as error:
                 why[name] = str(error)
         batches = batches_of(trainers[None], "train", BATCHES)
-        times: Dict[str, Dict[str, List[float]]] = {name: {"pass": [], "step": []} for name in teachers}
+        times: Dict[str, Dict[str, List[Tuple[float, float]]]] = {name: {"pass": [], "step": []} for name in teachers}
         names = list(teachers)
         for number in range(-WARM_UP, rounds):
             batch = batches[number % len(batches)]
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                trainer, teacher = trainers[VARIANTS[name].of_student], teachers[name]
+                trainer, teacher = trainers[variants[name].of_student], teachers[name]
                 trainer.criterion.teacher = teacher
                 alone = seconds(teacher.output, batch, real_positions(batch))
                 step = seconds(trainer.train_step, [batch])
                 if number >= 0:
                     times[name]["pass"].append(alone)
                     times[name]["step"].append(step)
-        rows = [{"variant": name, "skipped": reason} for name, reason in why.items()]
-        for name in names:
-            row: Dict[str, Any] = {"variant": name}
-            for what, found in times[name].items():
-                over = sorted(a / b for a, b in zip(found, times["float32"][what]))
-                row[f"{what}_seconds"] = statistics.median(found)
-                row[f"{what}_over_float32"] = statistics.median(over)
-                row[f"{what}_quartiles"] = [over[len(over) // 4], over[3 * len(over) // 4]]
-            rows.append(row)
-            print(row, flush=True)
-        return rows
+            if number >= 0:
+                note([{"variant": name, "skipped": reason} for name, reason in why.items()] + rows_of(times))
+
+
+def rows_of(times: Dict[str, Dict[str, List[Tuple[float, float]]]]) -> List[Dict[str, Any]]:
+    """Medians, over rounds, of each variant and of what it took over what float32 took in the same round."""
+    rows = []
+    for name, found in times.items():
+        row: Dict[str, Any] = {"variant": name}
+        for what in ("pass", "step"):
+            for i, clock in enumerate(("seconds", "processor_seconds")):
+                over = sorted(a[i] / b[i] for a, b in zip(found[what], times["float32"][what]))
+                row[f"{what}_{clock}"] = statistics.median(x[i] for x in found[what])
+                row[f"{what}_{clock}_over_float32"] = statistics.median(over)
+                row[f"{what}_{clock}_quartiles"] = [over[len(over) // 4], over[3 * len(over) // 4]]
+        rows.append(row)
+    return rows
 
 
 # ---- exactness ----
@@ -281,7 +297,7 @@ def student_log_probs(model: nn.Module, sample: Any, positions: Positions) -> to
 
 
 @torch.no_grad()
-def exactness(demo: Path) -> List[Dict[str, Any]]:
+def exactness(variants: Dict[str, Variant], demo: Path) -> List[Dict[str, Any]]:
     """What each variant does to a trained teacher's probabilities, and to kd_kl with a trained student, in bits."""
     from fairseq import checkpoint_utils
 
@@ -289,19 +305,17 @@ def exactness(demo: Path) -> List[Dict[str, Any]]:
     (student,), _ = checkpoint_utils.load_model_ensemble([str(paths["student"])], {"data": str(demo / "data")})
     student.eval()
     data = demo / "data"
-    trainer = trainer_of(data, *model_flags("student"), "--teacher-checkpoint-path", paths["teacher"])
+    teacher_flags = ["--teacher-checkpoint-path", paths["teacher"], "--teacher-model-overrides", {"data": str(data)}]
+    trainer = trainer_of(data, *model_flags("student"), *teacher_flags)
     trainer.task.load_dataset("valid")
     batches = batches_of(trainer, "valid", 100)
     reference: List[torch.Tensor] = []
     rows: List[Dict[str, Any]] = []
-    for name, variant in VARIANTS.items():
-        if variant.of_student is not None or name == "float32, again":
+    for name, variant in variants.items():
+        if variant.of_student is not None:
             continue
-        fresh = copy.deepcopy(trainer.task._load_teacher().models)
         try:
-            from kd_ext.models.output_projection import find_projection
-
-            teacher = prepared(fresh, [find_projection(model) for model in fresh], variant)
+            teacher = prepared(trainer.criterion.teacher, variant)
         except CannotError as error:
             rows.append({"variant": name, "skipped": str(error)})
             continue
@@ -341,14 +355,16 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("demo-run"), help="its folder: %(default)s")
     parser.add_argument("--rounds", type=int, default=24, help="steps of each variant: %(default)s")
     parser.add_argument("--only", choices=["speed", "exactness"], help="one of the two parts")
+    parser.add_argument("--without", nargs="*", default=[], help="leave out variants whose names contain one of these")
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
     settings = {"processor": processor(), "max_tokens": MAX_TOKENS, "rounds": given.rounds}
     print(settings, flush=True)
+    variants = {name: x for name, x in VARIANTS.items() if not any(part in name for part in given.without)}
     if given.only != "exactness":
-        save("teacher_pass", speed(given.rounds), **settings)
+        speed(variants, given.rounds, lambda rows: save("teacher_pass", rows, **settings))
     if given.only != "speed":
-        save("teacher_exactness", exactness(given.demo.resolve()), **settings)
+        save("teacher_exactness", exactness(variants, given.demo.resolve()), **settings)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,10 @@ def script(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def run_as_typed(name: str, *arguments: object, stdin: Optional[str] = None, **environment: str) -> Result:
-    """Run a console script in a process of its own."""
+def run_as_typed(
+    name: str, *arguments: object, stdin: Optional[str] = None, limit: int = 300, **environment: str
+) -> Result:
+    """Run a console script in a process of its own, for at most so many seconds."""
     done = subprocess.run(
         [script(name), *map(str, arguments)],
         input=stdin,
@@ -51,7 +53,7 @@ def run_as_typed(name: str, *arguments: object, stdin: Optional[str] = None, **e
         stderr=subprocess.STDOUT,
         text=True,
         env={**ENVIRONMENT, **environment},
-        timeout=300,
+        timeout=limit,
     )
     return Result(done.returncode, done.stdout)
 

@@ -41,7 +41,8 @@ def _convert_loaded_models() -> None:
     @functools.wraps(original)
     def load_model_ensemble_and_task(filenames, arg_overrides=None, *args, **kwargs):
         loaded = original(filenames, arg_overrides, *args, **kwargs)
-        if (arg_overrides or {}).get("bf16") is True:
+        # validation hands on the flags as they are given, before the second has become the first
+        if any((arg_overrides or {}).get(name) is True for name in ("bf16", "memory_efficient_bf16")):
             for model in loaded[0]:
                 model.to(torch.bfloat16)
         return loaded
