@@ -184,13 +184,13 @@ def teacher_pass(rows: List[Dict[str, Any]]) -> str:
     """Medians over rounds, and quartiles, of what a variant took over what float32 took in the same round."""
     lines, clocks = [], [(what, clock) for what in ("pass", "step") for clock in ("seconds", "processor_seconds")]
     for row in rows:
-        line = [row["variant"], row.get("skipped", "")]
-        for what, clock in clocks if len(row) > 2 else []:
+        line = [row["variant"], row.get("skipped") or row["rounds"]]
+        for what, clock in clocks if "rounds" in row else []:
             name = f"{what}_{clock}"
             low, high = map(number, row[f"{name}_quartiles"])
             line += [number(row[name]), f"{number(row[f'{name}_over_float32'])} ({low} to {high})"]
         lines.append(line)
-    header = ["teacher", ""]
+    header = ["teacher", "rounds"]
     for what, clock in clocks:
         header += [f"{what}, {clock.replace('_', ' ')}", "over float32"]
     return table(header, lines)

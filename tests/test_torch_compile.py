@@ -5,6 +5,7 @@ trace and specialize the layers as it would, and run what it traced as it is.
 """
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -79,18 +80,17 @@ def test_training_as_typed(data, teacher, tmp_path):
     flags += ["--max-update", 40, "--no-epoch-checkpoints", "--disable-validation"]
     runs = [
         run_as_typed("fairseq-train", data, *flags, *more, "--save-dir", tmp_path / name, limit=900)
-        for name, more in (("plain", []), ("compiled", COMPILE))
+        for name, more in (("a", []), ("b", COMPILE))
     ]
     for result in runs:
         assert result.returncode == 0, result.output
     assert_alike(*runs)
-    said = [line for line in runs[1].output.splitlines() if "compil" in line and "Namespace" not in line]
-    said = [line for line in said if "'torch_compile'" not in line]  # the settings, which fairseq prints
+    said = [line for line in runs[1].output.splitlines() if "compil" in line and "'torch_compile': True" not in line]
     assert len(said) == 1, said
     assert re.search(r"--torch-compile: compiling took \d+ seconds$", said[0])
     assert not any(word in runs[1].output for word in FLOOD)
     assert len(runs[1].output.splitlines()) <= len(runs[0].output.splitlines()) + 1
-    plain, compiled = (load(tmp_path / name / "checkpoint_last.pt") for name in ("plain", "compiled"))
+    plain, compiled = (load(tmp_path / name / "checkpoint_last.pt") for name in "ab")
     assert list(plain["model"]) == list(compiled["model"])
     for name, tensor in plain["model"].items():
         assert tensor.shape == compiled["model"][name].shape
@@ -135,16 +135,18 @@ def test_losses_and_names(typed, tmp_path, arch, flags):
 
 @needs_compiler
 def test_resumed_runs_with_it_and_without(typed, tmp_path):
-    """Stopped in mid-epoch, each goes on from either's checkpoint as if it had not been stopped."""
-    whole = {name: typed(tmp_path / f"whole{name}", *more, updates=20) for name, more in (("", []), ("c", COMPILE))}
-    for first in ("", "c"):
-        for then in ("", "c"):
-            save_dir = tmp_path / f"{first or 'plain'}-{then or 'plain'}"
-            typed(save_dir, *(COMPILE if first else []), updates=10)
-            resumed = typed(save_dir, *(COMPILE if then else []), updates=20)
+    """Stopped in mid-epoch, a run goes on as if it had not been, with the flag or without, whichever it began with."""
+    whole = typed(tmp_path / "whole", updates=20)
+    for first in ([], COMPILE):
+        typed(tmp_path / f"first{len(first)}", *first, updates=10)
+        for then in (COMPILE, [])[: 1 + len(first)]:
+            save_dir = tmp_path / f"first{len(first)}-then{len(then)}"
+            shutil.copytree(tmp_path / f"first{len(first)}", save_dir)
+            resumed = typed(save_dir, *then, updates=20)
             assert "Loaded checkpoint" in resumed.output
+            assert (graphs(resumed.output)[-1] > 0) == bool(then)
             for name in ("nll_loss", "kd_loss"):
-                expected = logged(whole[then].output, name)[10:]
+                expected = logged(whole.output, name)[10:]
                 assert len(expected) == 10
                 assert logged(resumed.output, name) == pytest.approx(expected, abs=2.1e-3)
 
@@ -233,9 +235,23 @@ def test_checkpointed_activations(distil, tmp_path):
 
 @needs_compiler
 def test_a_model_without_layers(data, tmp_path, traced):
-    lstm = [data, *TRAINING, *traced, "--arch", "lstm", "--save-dir", tmp_path / "lstm", "--max-update", 1]
-    result = run(tmp_path / "log", "fairseq-train", *lstm, *COMPILE)
-    assert_refused(result, tmp_path / "lstm", "--torch-compile: a LSTMModel has no layers", "leave it out")
+    small = ["--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--decoder-out-embed-dim", 16]
+    small += ["--encoder-layers", "[(16, 3)]", "--decoder-layers", "[(16, 3)]", "--max-update", 1]
+    small += ["--criterion", "label_smoothed_cross_entropy", "--save-dir", tmp_path / "fconv"]
+    result = run(tmp_path / "log", "fairseq-train", data, *TRAINING, *traced, "--arch", "fconv", *small, *COMPILE)
+    assert_refused(result, tmp_path / "fconv", "--torch-compile: a FConvModel has no layers", "leave it out")
+
+
+@needs_compiler
+def test_layers_of_another_kind(data, tmp_path, traced):
+    """An LSTM's are cells."""
+    lstm = [data, *TRAINING, *traced, "--arch", "lstm", "--criterion", "label_smoothed_cross_entropy", "--dropout", 0]
+    lstm += ["--max-update", 5, "--no-save", "--encoder-embed-dim", 16, "--decoder-embed-dim", 16]
+    lstm += ["--decoder-hidden-size", 16, "--encoder-hidden-size", 16, "--decoder-out-embed-dim", 16]
+    runs = [run(tmp_path / "log", "fairseq-train", *lstm, *more) for more in ([], COMPILE)]
+    assert [result.returncode for result in runs] == [0, 0], runs[1].output
+    assert_alike(*runs, names=("nll_loss", "loss"))
+    assert graphs(runs[1].output)[-1] > 0
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -117,9 +118,13 @@ def _compile(model: Any) -> None:
 
 
 def _no_flood() -> None:
-    """fairseq shows the messages of every module that are for information; torch's compiler has thousands."""
+    """fairseq shows the messages of every module that are for information; torch's compiler has thousands.
+
+    And each time it compiles, Python forgets which warnings it has shown where.
+    """
     for name in ("torch._dynamo", "torch._inductor", "torch._functorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("once", append=True)  # where the user does not say otherwise
 
 
 @functools.lru_cache(maxsize=None)
