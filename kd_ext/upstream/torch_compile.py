@@ -117,14 +117,24 @@ def _compile(model: Any) -> None:
     _no_flood()
 
 
+@functools.lru_cache(maxsize=None)
 def _no_flood() -> None:
     """fairseq shows the messages of every module that are for information; torch's compiler has thousands.
 
-    And each time it compiles, Python forgets which warnings it has shown where.
+    And each time that it compiles, Python forgets which warnings it has shown.
     """
     for name in ("torch._dynamo", "torch._inductor", "torch._functorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("once", append=True)  # where the user does not say otherwise
+    show, shown = warnings.showwarning, set()
+
+    @functools.wraps(show)
+    def showwarning(message, category, filename, lineno, *args, **kwargs):
+        warning = str(message), category, filename, lineno
+        if warning not in shown:
+            shown.add(warning)
+            show(message, category, filename, lineno, *args, **kwargs)
+
+    warnings.showwarning = showwarning
 
 
 @functools.lru_cache(maxsize=None)
