@@ -157,12 +157,11 @@ def test_resumed_runs_with_it_and_without(typed, tmp_path):
 
 @needs_compiler
 def test_versions_of_a_layer(typed, tmp_path):
-    """Over three epochs of batches of all lengths: a handful for each kind of layer, nearly all in the first."""
+    """Over three epochs of batches of all lengths: at most 5 of each of the 4 kinds of layer, none in the last."""
     compiled = typed(tmp_path, *COMPILE, "--disable-validation", "--dropout", "0.1", updates=48)
     found = graphs(compiled.output)
     assert len(found) == 48
-    print(found)
-    assert found[-1] <= 24
+    assert 4 <= found[-1] <= 20  # 13 with torch 2.13, all in the first four updates
     assert found[-1] == found[31]
 
 
