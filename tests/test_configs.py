@@ -127,7 +127,7 @@ def test_a_wrong_setting_is_an_error_of_one_line(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], "kd_ext: error: Missing mandatory value: teacher_checkpoint_path; the recipe leaves it open (???)"),
+        ([], "kd_ext: error: Missing mandatory value: task.teacher_checkpoint_path; the recipe leaves it open (???)"),
         # what hydra-core 1.0 would not show on Python >= 3.10
         (["criterion.kd_rate=half", "task.teacher_checkpoint_path=t.pt"], "ValidationError: Value 'half' could not"),
     ],

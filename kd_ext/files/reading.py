@@ -1,6 +1,7 @@
 """Reading files that torch wrote: whatever is wrong with one is an error of one line."""
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -30,6 +31,8 @@ def explained(path: str, expected: str) -> Iterator[None]:
     Raises:
         ConfigError: the file is damaged, is no such file, cannot be read, or refers to what could run code
     """
+    if os.path.isdir(path):
+        raise ConfigError(f"{path}: a folder; name a {expected} in it")
     try:
         refusal = _refusal(path)
         if refusal is not None:
@@ -40,11 +43,10 @@ def explained(path: str, expected: str) -> Iterator[None]:
         yield
     except (ConfigError, FileNotFoundError, MemoryError):
         raise
-    except IsADirectoryError as error:
-        raise ConfigError(f"{path}: a folder; name a {expected} in it") from error
-    except OSError as error:  # what the system says is no damage
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the bytes of a file can make torch raise anything
+        # what the system says is no damage, but for a place in the file that cannot be: that is in its bytes
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
         if "allocate memory" in str(error):  # torch has no MemoryError
             raise
         raise _explanation(path, expected, error) from error
