@@ -8,7 +8,7 @@ from commands import PLUGIN, run
 OURS = ["--kd-strategy", "--teacher-checkpoint-path", "--teacher-cache-dir", "--alpha", "--kd-rate", "--kd-temperature"]
 OURS += ["--encoder-add-adapters", "--decoder-train-adapter", "--adapter-activation-fn", "--load-checkpoint-liberally"]
 OURS += ["--encoder-recurrent-stacking", "--decoder-factorized-embed-dim", "--run-sanity-validation-steps"]
-OURS += ["--teacher-dtype", "--torch-compile"]
+OURS += ["--teacher-dtype", "--torch-compile", "--kd-queue-window"]
 
 
 def groups(output):
@@ -95,3 +95,11 @@ def test_flags_that_the_cache_does_not_understand(tmp_path):
     assert result.last_line.startswith(
         "kd_ext: error: --teacher-cache-topk: no such flag; near to it: --teacher-cache-"
     )
+
+
+@pytest.mark.parametrize("flags", [[], ["--kd-strategi", "X"], ["no-data", "--task", "translation"]])
+def test_without_an_architecture(tmp_path, flags):
+    result = run(tmp_path / "log", "fairseq-train", *PLUGIN, *flags)
+    assert result.returncode == 2
+    assert result.last_line.startswith("kd_ext: error: --arch is missing: ")
+    assert "Traceback" not in result.output

@@ -36,7 +36,13 @@ def apply() -> None:
         parser.print_help = functools.partial(_print_help, parser)
         parser.error = functools.partial(_error, parser)
         parser.parse_args = functools.partial(_parse_args, parser)
-        return original(parser, *args, **kwargs)
+        try:
+            return original(parser, *args, **kwargs)
+        except RuntimeError as error:
+            if error.args:
+                raise
+            # the one that says nothing, before any other flag is looked at
+            _end("--arch is missing: name the architecture to train, such as transformer; --help lists all")
 
     parse_args_and_arch._kd_ext_help = True
     options.parse_args_and_arch = parse_args_and_arch
