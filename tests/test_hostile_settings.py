@@ -250,7 +250,7 @@ def test_tar_archives(tmp_path):
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert refusal(tmp_path / "pipe").startswith("no regular file")
-    assert refusal(tmp_path).startswith("a folder; name a file")
+    assert refusal(tmp_path).startswith("a folder; name a checkpoint of fairseq in it")
     assert refusal(os.devnull).startswith("no regular file")
 
 
