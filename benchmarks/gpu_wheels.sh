@@ -20,5 +20,6 @@ $pip wheel --quiet --no-deps --wheel-dir "$work/whl" \
 $pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$work/whl" .
 
 rm -rf "$folder"
+mkdir -p "$(dirname "$folder")"
 mv "$work/whl" "$folder"
 du -sh "$folder"
