@@ -159,6 +159,15 @@ def test_as_the_base_of_adapters(train, old, tmp_path, capsys):
     assert (tmp_path / "merged.pt").exists()
 
 
+def in_layout(teacher, layout):
+    """The teacher's checkpoint with its settings in one Namespace, as they were, or in groups, as they are."""
+    state = load(teacher)
+    if layout == "args":
+        state = as_release(state, "0.9.0")
+        state["extra_state"].pop("train_meters")
+    return state
+
+
 UNREGISTERED = ["criterion", "optimizer", "lr_scheduler", "bpe"]
 
 
@@ -166,10 +175,8 @@ UNREGISTERED = ["criterion", "optimizer", "lr_scheduler", "bpe"]
 @pytest.mark.parametrize("kind", UNREGISTERED)
 def test_names_that_are_not_registered(train, data, teacher, tmp_path, layout, kind):
     """A teacher needs no criterion and no optimizer of its own, nor does who translates."""
-    state = load(teacher)
+    state = in_layout(teacher, layout)
     if layout == "args":
-        state = as_release(state, "0.9.0")
-        state["extra_state"].pop("train_meters")
         setattr(state["args"], kind, "of_a_fork")
     else:
         state["cfg"][kind] = {"_name": "of_a_fork", "its_setting": 1}
@@ -187,10 +194,8 @@ def test_names_that_are_not_registered(train, data, teacher, tmp_path, layout, k
 @pytest.mark.parametrize("layout", ["args", "cfg"])
 def test_settings_of_a_task_that_it_does_not_have(train, teacher, tmp_path, layout):
     """Every fork has some: they are left out, and named."""
-    state = load(teacher)
+    state = in_layout(teacher, layout)
     if layout == "args":
-        state = as_release(state, "0.9.0")
-        state["extra_state"].pop("train_meters")
         state["args"].language_tags = "hi,ta"
     else:
         state["cfg"]["task"]["language_tags"] = "hi,ta"
@@ -205,10 +210,8 @@ def test_settings_of_a_task_that_it_does_not_have(train, teacher, tmp_path, layo
 
 @pytest.mark.parametrize("layout", ["args", "cfg"])
 def test_a_task_that_is_not_registered(train, teacher, tmp_path, layout):
-    state = load(teacher)
+    state = in_layout(teacher, layout)
     if layout == "args":
-        state = as_release(state, "0.9.0")
-        state["extra_state"].pop("train_meters")
         state["args"].task = "translation_of_a_fork"
     else:
         state["cfg"]["task"]["_name"] = "translation_of_a_fork"
