@@ -26,7 +26,7 @@ from fairseq_cli import preprocess, train
 from kd_ext import teacher_cache
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.modules.teacher import Teacher
-from kd_ext.tasks import load_teacher
+from kd_ext.teachers import load
 
 DISTIL = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"]
 UPSTREAM = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy"]
@@ -121,7 +121,7 @@ def measured(variant: str, flags) -> Dict[str, Any]:
         change(Trainer, "train_step", count_waits)
         if variant.startswith("plain"):  # as for a model whose output layer cannot be taken apart
             change(LabelSmoothedCrossEntropyWithKD, "_find_projection", lambda self, model: None)
-            change(load_teacher, "_find_projection", lambda model: None)
+            change(load, "_find_projection", lambda model: None)
         if "own stream" in variant:
             change(Teacher, "output", _beside(output))
         run_command(train.cli_main, "fairseq-train", flags)

@@ -68,10 +68,10 @@ def one(variant: str, *flags: str) -> None:
     from fairseq_cli import train
 
     import kd_ext.criterions.label_smoothed_cross_entropy_with_kd as criterion
-    from kd_ext.tasks import load_teacher
+    from kd_ext.teachers import load
 
     if variant == "plain distillation":  # as for a model whose output layer cannot be taken apart
-        load_teacher._find_projection = lambda model: None
+        load._find_projection = lambda model: None
         criterion.LabelSmoothedCrossEntropyWithKD._find_projection = lambda self, model: None
     rates = []
     log = progress_bar.SimpleProgressBar.log

@@ -10,7 +10,7 @@ from fairseq import utils
 
 from kd_ext.files.cache_files import CacheFiles, create
 from kd_ext.modules.positions import Positions, true_first
-from kd_ext.tasks.cached_teacher import BringsOutput, CachedTeacher, _Sentences
+from kd_ext.teachers.cached import BringsOutput, CachedTeacher, _Sentences
 
 PAD, K, V = 1, 3, 20
 TARGETS = [[5, 6, 2], [7, 2], [8, 9, 10, 2]]

@@ -7,7 +7,7 @@ import torch
 from tiny_models import adapters, batch, both, build, randomize
 from torch.nn import functional as F
 
-from kd_ext.models.fused_attention import fuse_cross_attention
+from kd_ext.teachers.fused_attention import fuse_cross_attention
 
 MODELS = {
     "upstream": ("transformer", {}),

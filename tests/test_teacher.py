@@ -21,8 +21,8 @@ from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothed
 from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 from kd_ext.models.layers import is_dead
 from kd_ext.modules.positions import Positions
-from kd_ext.tasks.load_teacher import _read_checkpoint, identify_teacher, load_teacher
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
+from kd_ext.teachers.load import _read_checkpoint, identify_teacher, load_teacher
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.tasks.cached_teacher import BringsOutput, CachedTeacher, TeacherSource
-from kd_ext.tasks.load_teacher import identify_teacher, load_teacher
+from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
+from kd_ext.teachers.load import identify_teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ from omegaconf import OmegaConf, open_dict
 from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.files.fingerprint import model_fingerprint
-from kd_ext.models.fused_attention import fuse_cross_attention
 from kd_ext.models.layers import drop_dead_parameters
 from kd_ext.models.output_projection import NoProjectionError, find_projection
 from kd_ext.models.same_function import settings_read
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
+from kd_ext.teachers.fused_attention import fuse_cross_attention
 from kd_ext.upstream.foreign_settings import UNREGISTERED_TASK
 from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
