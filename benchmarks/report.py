@@ -144,7 +144,9 @@ def selection_share(rows: List[Dict[str, Any]]) -> str:
         axes.axhline(rate, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="updates", ylim=(0, 0.7))
     panels[0].set_ylabel("share selected")
-    panels[1].legend(fontsize="small", loc="lower right", title="--kd-queue-window, -size", title_fontsize="small")
+    panels[1].legend(
+        fontsize="x-small", loc="upper center", ncol=3, title="--kd-queue-window, -size", title_fontsize="x-small"
+    )
     draw(figure, "selection_share")
     pyplot.close(figure)
     return table(["--kd-queue-window", "--kd-queue-size", "de, es", "bn, hi, mr, ta"], lines)

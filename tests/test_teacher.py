@@ -22,7 +22,8 @@ from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 from kd_ext.models.layers import is_dead
 from kd_ext.modules.positions import Positions
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
-from kd_ext.teachers.load import _read_checkpoint, identify_teacher, load_teacher
+from kd_ext.teachers.load import Source, identify_teacher, load_teacher
+from kd_ext.teachers.reading import read
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def net_input(task):
 
 
 def probs(task, path, **settings):
-    loaded = load_teacher(str(path), settings.get("overrides", "{}"), None, task)
+    loaded = load_teacher(Source(str(path), **settings), task)
     return loaded.probs({"net_input": net_input(task)}, Positions(torch.ones(2, 4, dtype=torch.bool)))
 
 
@@ -86,7 +87,7 @@ def mappings(path):
     reason="torch < 2.6, or no /proc",
 )
 def test_the_optimizers_state_is_not_read(student_task, teacher):
-    state = _read_checkpoint(str(teacher), {})
+    state = read(str(teacher), {})
     moments = [x for entry in state["last_optimizer_state"]["state"].values() for x in entry.values()]
     moments = [x for x in moments if torch.is_tensor(x) and x.dim() > 0]
     assert len(moments) > 10
@@ -96,9 +97,9 @@ def test_the_optimizers_state_is_not_read(student_task, teacher):
     gc.collect()  # of what this test read
     gc.disable()
     try:
-        identify_teacher(str(teacher), "{}")
+        identify_teacher(Source(str(teacher)), student_task)
         assert mappings(teacher) == []  # the file may be written over
-        loaded = load_teacher(str(teacher), "{}", None, student_task)
+        loaded = load_teacher(Source(str(teacher)), student_task)
         assert loaded.models
         assert mappings(teacher) == []
     finally:
@@ -107,7 +108,7 @@ def test_the_optimizers_state_is_not_read(student_task, teacher):
 
 def test_holds_no_dead_parameters(student_task, teacher):
     assert any(map(is_dead, load(teacher)["model"]))
-    loaded = load_teacher(str(teacher), "{}", None, student_task)
+    loaded = load_teacher(Source(str(teacher)), student_task)
     assert not any(is_dead(name) for name, _ in loaded.models[0].named_parameters())
 
 

@@ -41,6 +41,13 @@ class LinearLogits(NamedTuple):
         """Those of some tokens, shape ``(m,)``, int64."""
         return self._replace(features=self.features[tokens])
 
+    def first_words(self, vocabulary: Optional[int]) -> "LinearLogits":
+        """Those of the first words, or of all; the same object where there are no more."""
+        if vocabulary is None or vocabulary >= self.weight.size(0):
+            return self
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return LinearLogits(self.features, self.weight[:vocabulary], bias)
+
     def as_autocast(self) -> "LinearLogits":
         """The same in the dtype in which automatic mixed precision would multiply them."""
         dtype = _autocast_dtype() if self.features.is_cuda else None
@@ -61,6 +68,12 @@ class GivenLogits(NamedTuple):
     def of(self, tokens: Tensor) -> "GivenLogits":
         """Those of some tokens, shape ``(m,)``, int64."""
         return GivenLogits(self.given[tokens])
+
+    def first_words(self, vocabulary: Optional[int]) -> "GivenLogits":
+        """Those of the first words, or of all; the same object where there are no more."""
+        if vocabulary is None or vocabulary >= self.given.size(1):
+            return self
+        return GivenLogits(self.given[:, :vocabulary])
 
     def as_autocast(self) -> "GivenLogits":
         """They are not multiplied."""

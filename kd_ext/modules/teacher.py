@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from kd_ext.modules.chunked_logits import GivenLogits, LinearLogits, TeacherLogits
 from kd_ext.modules.compiled_layers import compile_layers
+from kd_ext.modules.input_format import InputFormat
 from kd_ext.modules.positions import Positions
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT = 256  # tokens
 
 # from the features of n target positions, shape ``(n, d)``, to their logits
 Projection = Callable[[Tensor], LinearLogits]
@@ -28,6 +30,8 @@ class Teacher:
         projections: of each model that gives features by ``features_only=True``, its output projection; None for one
             that must be asked for the probabilities of all positions
         identity: what tells it from other teachers
+        formats: how each model is asked; None: as the student is
+        vocabulary: V; what a model has more than the student's words, at the end of its own, gets no probability
     """
 
     def __init__(
@@ -35,10 +39,15 @@ class Teacher:
         models: Sequence[nn.Module],
         projections: Optional[Sequence[Optional[Projection]]] = None,
         identity: str = "",
+        formats: Optional[Sequence[Optional[InputFormat]]] = None,
+        vocabulary: Optional[int] = None,
     ) -> None:
         self.identity = identity
         self.models: List[Any] = [model.eval().requires_grad_(False) for model in models]
         self._projections = projections or [None] * len(self.models)
+        self._formats = formats or [None] * len(self.models)
+        self._vocabulary = vocabulary
+        self._has_said_cut = False
         self._placed = False
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -67,14 +76,31 @@ class Teacher:
             for each model n tokens, not projected yet where that can be left for later
         """
         logits: List[TeacherLogits] = []
-        for model, projection in zip(self.models, self._projections):
+        for model, projection, layout in zip(self.models, self._projections, self._formats):
+            net_input, asked = sample["net_input"], positions
+            if layout is not None:
+                net_input, asked = layout.apply(net_input, positions)
             if projection is not None:
-                features, _ = model(**sample["net_input"], features_only=True)
-                logits.append(projection(positions.take(features)))
+                features, _ = model(**net_input, features_only=True)
+                logits.append(self._cut(projection(asked.take(features))))
             else:
-                log_probs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
-                logits.append(GivenLogits(positions.take(log_probs)))
+                log_probs = model.get_normalized_probs(model(**net_input), log_probs=True)
+                logits.append(self._cut(GivenLogits(asked.take(log_probs))))
+        self._has_said_cut = True
         return logits
+
+    def _cut(self, logits: TeacherLogits) -> TeacherLogits:
+        cut = logits.first_words(self._vocabulary)
+        if cut is not logits and not self._has_said_cut:
+            rows = logits[0]  # features or log-probabilities
+            few = torch.arange(min(_LOOKED_AT, len(rows)), device=rows.device)
+            kept = F.softmax(logits.of(few).logits().float(), dim=1)[:, : self._vocabulary].sum(1)
+            logger.info(
+                "of the teacher's probability %.2g is on words that the student does not have, and left out "
+                "(mean of %d tokens of the first batch)",
+                *(1 - kept.mean().item() if len(few) else 0.0, len(few)),
+            )
+        return cut
 
     def probs(self, sample: Dict[str, Any], positions: Positions, temperature: float = 1.0) -> Tensor:
         """The probabilities of every word at the chosen target positions, averaged over the ensemble.

@@ -16,7 +16,7 @@ from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
-from kd_ext.teachers.load import identify_teacher, load_teacher
+from kd_ext.teachers.load import Source, identify_teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ class TranslationWithKDConfig(TranslationConfig):
     teacher_user_dir: Optional[str] = field(
         default=None,
         metadata={"help": "a second user module, in which the teacher's architecture is registered"},
+    )
+    teacher_ema: bool = field(
+        default=False,
+        metadata={"help": "use the averaged weights that a teacher's --store-ema kept"},
     )
     teacher_dtype: Optional[str] = field(
         default=None,
@@ -124,9 +128,8 @@ class TranslationWithKDTask(TranslationTask):
 
     def open_cache(self, temperature: float, mends: bool = False) -> CachedTeacher:
         """The cache in ``--teacher-cache-dir``. Its teacher is loaded together with the training set, if need be."""
-        path = self.cfg.teacher_checkpoint_path
-        identify = partial(identify_teacher, path, self.cfg.teacher_model_overrides)
-        source = TeacherSource(path, identify, self._load_teacher)
+        identify = partial(identify_teacher, self._teacher_source(), self)
+        source = TeacherSource(self.cfg.teacher_checkpoint_path, identify, self._load_teacher)
         folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
         self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self, mends=mends)
         return self._cached_teacher
@@ -136,12 +139,11 @@ class TranslationWithKDTask(TranslationTask):
         return getattr(torch, self.cfg.teacher_dtype) if self.cfg.teacher_dtype else of_student
 
     def _load_teacher(self) -> Teacher:
-        return load_teacher(
-            self.cfg.teacher_checkpoint_path,
-            overrides=self.cfg.teacher_model_overrides,
-            user_dir=self.cfg.teacher_user_dir,
-            student_task=self,
-        )
+        return load_teacher(self._teacher_source(), self)
+
+    def _teacher_source(self) -> Source:
+        cfg = self.cfg
+        return Source(cfg.teacher_checkpoint_path, cfg.teacher_model_overrides, cfg.teacher_user_dir, cfg.teacher_ema)
 
     def get_batch_iterator(self, dataset, max_tokens=None, max_sentences=None, max_positions=None, **kwargs):
         get_batches = partial(super().get_batch_iterator, dataset, max_tokens, max_sentences, max_positions, **kwargs)

@@ -1,0 +1,74 @@
+"""A teacher's dictionaries: where they are, whether they are its own, and whether they are the student's."""
+
+import os
+from typing import Any, Dict, List, Sequence
+
+from fairseq import utils
+from fairseq.data import Dictionary
+
+from kd_ext.errors import ConfigError
+from kd_ext.files import trained_with
+from kd_ext.teachers.kinds import FLAG, Kind, editable
+
+_NAME_FOLDER = "name {} by --teacher-model-overrides \"{{'data': 'folder'}}\""
+
+
+def point_at_dictionaries(kind: Kind, settings: Dict[str, Any]) -> None:
+    """Make a task's settings fit for building a teacher: dictionaries, and no generator of its own.
+
+    Raises:
+        ConfigError: there are none where the user says, beside the checkpoint, or where it was trained
+    """
+    with editable(kind.cfg):
+        if "data" in kind.cfg:
+            kind.cfg.data = _folder(kind, settings)
+        if "eval_bleu" in kind.cfg:
+            kind.cfg.eval_bleu = False
+
+
+def _folder(kind: Kind, settings: Dict[str, Any]) -> str:
+    beside, recorded = os.path.dirname(os.path.abspath(kind.path)), utils.split_paths(kind.cfg.data)[0]
+    folders = [settings["data"]] if "data" in settings else [beside, recorded]
+    names = kind.dictionary_names()
+    for folder in folders:
+        if all(os.path.isfile(os.path.join(folder, name)) for name in names):
+            return folder
+    raise ConfigError(
+        f"{FLAG} {kind.path}: no {' and '.join(names)} in {' or '.join(folders)}; {_NAME_FOLDER.format('their folder')}"
+    )
+
+
+def check_recorded(kind: Kind, task: Any, state: Dict[str, Any]) -> None:
+    """See that the dictionaries are the teacher's, where its run had the plugin, which records them."""
+    recorded = trained_with.recorded(state)
+    for side, found in trained_with.of_dictionaries(*kind.dictionaries(task)).items():
+        if recorded.get(side, found) != found:
+            raise ConfigError(
+                f"{FLAG} {kind.path}: the {side} in {kind.cfg.data} is not the one that it was trained with; "
+                f"{_NAME_FOLDER.format('the folder of its own')}"
+            )
+
+
+def compare_dictionaries(kind: Kind, task: Any, student_task: Any) -> None:
+    """See that what the student can say is what the teacher has for it; words that its task appends may follow."""
+    theirs, ours = kind.dictionaries(task), (student_task.source_dictionary, student_task.target_dictionary)
+    for side, teacher, student in zip(("source", "target"), theirs, ours):
+        _compare(kind.path, side, teacher, student, kind.appended_words(task))
+
+
+def _compare(path: str, side: str, teacher: Dictionary, student: Dictionary, appended: Sequence[str]) -> None:
+    if teacher.symbols[: len(student)] == student.symbols and {*teacher.symbols[len(student) :]} <= {*appended}:
+        return
+    pairs = zip(teacher.symbols, student.symbols)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(teacher), len(student)))
+    theirs, ours = (repr(d.symbols[first]) if first < len(d) else "nothing" for d in (teacher, student))
+    raise ConfigError(
+        f"{FLAG} {path}: its {side} dictionary differs from the student's: entry {first} is {theirs} for the "
+        f"teacher and {ours} for the student (sizes {len(teacher)} and {len(student)}); preprocess the "
+        "student's data with the teacher's dictionaries (fairseq-preprocess --srcdict, --tgtdict)"
+    )
+
+
+def left_over(teacher: Dictionary, student: Dictionary) -> List[str]:
+    """The teacher's words that the student does not have."""
+    return teacher.symbols[len(student) :]

@@ -1,0 +1,387 @@
+"""Teachers of other tasks than translation: asked as their own task asks them, or refused."""
+
+import re
+from argparse import ArgumentParser, Namespace
+
+import pytest
+import torch
+from corpus import WORDS, sentence_pairs
+from fairseq import tasks
+from fairseq.data import AppendTokenDataset, Dictionary, LanguagePairDataset, ListDataset, PrependTokenDataset
+from fairseq.models import ARCH_CONFIG_REGISTRY
+
+from kd_ext.errors import ConfigError
+from kd_ext.modules.positions import Positions
+from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
+from kd_ext.teachers.load import Source, identify_teacher, load_teacher
+
+LANGS = ["hi", "ta", "en"]
+SIZES = dict(encoder_layers=1, decoder_layers=1, encoder_embed_dim=16, decoder_embed_dim=16)
+SIZES.update(encoder_ffn_embed_dim=24, decoder_ffn_embed_dim=24, encoder_attention_heads=2, decoder_attention_heads=2)
+
+
+def base_dictionary():
+    words = Dictionary()
+    for word in WORDS:
+        words.add_symbol(word)
+    return words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Dictionaries without the words that tasks append, under the names of all languages."""
+    folder = tmp_path_factory.mktemp("dictionaries")
+    for language in [*LANGS, "src", "tgt", "hi_IN", "en_XX"]:
+        base_dictionary().save(str(folder / f"dict.{language}.txt"))
+    return folder
+
+
+def settings(task, arch, **given):
+    """A Namespace as the command line of fairseq-train makes it."""
+    parser = ArgumentParser(allow_abbrev=False)
+    kind = tasks.TASK_REGISTRY[task]
+    if getattr(kind, "add_args", None) is not None:
+        kind.add_args(parser)
+    known, _ = parser.parse_known_args([str(given["data"])])
+    args = Namespace(**{**vars(known), **SIZES, "arch": arch, "task": task, "dropout": 0.0, **given})
+    args.criterion, args.optimizer, args.lr_scheduler = "cross_entropy", "adam", "fixed"
+    args.lr, args.seed = [0.1], 1
+    ARCH_CONFIG_REGISTRY[arch](args)
+    return args
+
+
+def save_teacher(path, task, arch="transformer", **given):
+    """A checkpoint with random weights as that task would have trained it, and the task and model of its own."""
+    args = settings(task, arch, **given)
+    own = tasks.setup_task(Namespace(**vars(args)))
+    torch.manual_seed(5)
+    model = own.build_model(Namespace(**vars(args)))
+    state = {"args": args, "model": model.state_dict(), "extra_state": {}, "last_optimizer_state": None}
+    state["optimizer_history"] = [{"criterion_name": "x", "optimizer_name": "y", "lr_scheduler_state": {}}]
+    state["optimizer_history"][0]["num_updates"] = 7
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return own, model.eval()
+
+
+def student_task(words, source="hi", target="en", data="x"):
+    config = TranslationWithKDConfig(source_lang=source, target_lang=target, data=str(data))
+    config.max_source_positions = config.max_target_positions = 100
+    return TranslationWithKDTask(config, words, words)
+
+
+def sentences(words, heads=None, tails=None, count=9):
+    """Encoded pairs; of sources what each begins and ends with."""
+    pairs = list(sentence_pairs(count, seed=4, tagged=False))
+    source, target = ([words.encode_line(p[i], add_if_not_exist=False).long() for p in pairs] for i in (0, 1))
+    return source, target
+
+
+def collate(words, source, target, left=True, **more):
+    """What LanguagePairDataset makes of sentences, in the order in which they are given."""
+    as_dataset = [ListDataset(x, [len(s) for s in x]) for x in (source, target)]
+    sizes = [[len(s) for s in x] for x in (source, target)]
+    dataset = LanguagePairDataset(
+        *(as_dataset[0], sizes[0], words, as_dataset[1], sizes[1], words), left_pad_source=left, **more
+    )
+    return dataset.collater([dataset[i] for i in range(len(source))])
+
+
+def wrap(sentences, kind, token):
+    dataset = kind(ListDataset(sentences, [len(s) for s in sentences]), token)
+    return [dataset[i] for i in range(len(sentences))]
+
+
+def own_batch(words, source, target, layout):
+    """A batch as the task lays it out, by upstream's own datasets."""
+    place = layout.get("source_place")
+    more = {}
+    if layout.get("bos") is not None:
+        source, target = (wrap(x, PrependTokenDataset, layout["bos"]) for x in (source, target))
+    if place == "head":
+        source = wrap(source, PrependTokenDataset, layout["source"])
+    if place == "tail":
+        source = wrap(source, AppendTokenDataset, layout["source"])
+    if layout.get("target_place") == "head":
+        target = wrap(target, PrependTokenDataset, layout["target"])
+    if layout.get("target_place") == "tail":  # mBART: the decoder begins with what the target ends with
+        target, more["eos"] = wrap(target, AppendTokenDataset, layout["target"]), layout["target"]
+    batch = collate(words, source, target, **more)
+    if place == "eos":
+        batch["net_input"]["src_tokens"][:, -1] = layout["source"]
+    if layout.get("target_place") == "begin":
+        batch["net_input"]["prev_output_tokens"][:, 0] = layout["target"]
+    return batch
+
+
+MULTI = dict(lang_pairs="hi-en,ta-en,en-hi", langs=["hi", "ta", "en"])
+KINDS = {
+    "m2m": ("translation_multi_simple_epoch", dict(encoder_langtok="src", decoder_langtok=True, **MULTI)),
+    "m2m by target": ("translation_multi_simple_epoch", dict(encoder_langtok="tgt", **MULTI)),
+    "m2m decoder alone": ("translation_multi_simple_epoch", dict(decoder_langtok=True, **MULTI)),
+    "m2m replacing": (
+        "translation_multi_simple_epoch",
+        dict(encoder_langtok="src", decoder_langtok=True, lang_tok_replacing_bos_eos=True, **MULTI),
+    ),
+    "mbart50": (
+        "translation_multi_simple_epoch",
+        dict(encoder_langtok="src", decoder_langtok=True, lang_tok_style="mbart", **MULTI),
+    ),
+    "mbart": ("translation_from_pretrained_bart", dict(langs="hi,ta,en", source_lang="hi", target_lang="en")),
+    "mbart with bos": (
+        "translation_from_pretrained_bart",
+        dict(langs="hi,ta,en", source_lang="hi", target_lang="en", prepend_bos=True),
+    ),
+    "multilingual": ("multilingual_translation", dict(lang_pairs="hi-en,ta-en")),
+    "multilingual langtok": (
+        "multilingual_translation",
+        dict(lang_pairs="hi-en,ta-en", encoder_langtok="tgt", decoder_langtok=True),
+    ),
+}
+
+
+def layout_of(kind, words):
+    hi, en = (words.index(f"__{x}__") for x in ("hi", "en"))
+    bracket_hi, bracket_en = (words.index(f"[{x}]") for x in ("hi", "en"))
+    return {
+        "m2m": dict(source_place="head", source=hi, target_place="head", target=en),
+        "m2m by target": dict(source_place="head", source=en),
+        "m2m decoder alone": dict(target_place="head", target=en),
+        "m2m replacing": dict(source_place="eos", source=hi, target_place="begin", target=en),
+        "mbart50": dict(source_place="head", source=bracket_hi, target_place="head", target=bracket_en),
+        "mbart": dict(source_place="tail", source=bracket_hi, target_place="tail", target=bracket_en),
+        "mbart with bos": dict(
+            source_place="tail", source=bracket_hi, target_place="tail", target=bracket_en, bos=words.bos()
+        ),
+        "multilingual": {},
+        "multilingual langtok": dict(source_place="eos", source=en, target_place="begin", target=en),
+    }[kind]
+
+
+def trimmed(tokens, pad=1):
+    """Rows without their padding."""
+    return [row[row.ne(pad)].tolist() for row in tokens]
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request):
+    return request.param
+
+
+def made(kind, path, folder, **more):
+    task, given = KINDS[kind]
+    arch = "multilingual_transformer" if task == "multilingual_translation" else "transformer"
+    own, model = save_teacher(path, task, arch, data=str(folder), **{**given, **more})
+    if task == "multilingual_translation":
+        return own.dicts["hi"], model.models["hi-en"]
+    return own.source_dictionary, model
+
+
+class Recorder(torch.nn.Module):
+    """Calls a model, and keeps what it was asked."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.asked = model, []
+
+    def forward(self, **inputs):
+        self.asked.append(inputs)
+        return self.model(**inputs)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("model", "asked") else getattr(self.model, name)
+
+
+def test_is_asked_as_its_own_task_asks(kind, folder, tmp_path):
+    """Batch by batch the very tokens of upstream's datasets, and the probabilities of its own model, for any words."""
+    words, model = made(kind, tmp_path / "teacher.pt", folder)
+    plain = base_dictionary()
+    loaded = load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(plain))
+    recorder = loaded.models[0] = Recorder(loaded.models[0])
+    source, target = sentences(plain)
+    batch = collate(plain, source, target)
+    order = batch["id"].tolist()
+    theirs = own_batch(words, [source[i] for i in order], [target[i] for i in order], layout_of(kind, words))
+    real = batch["target"].ne(plain.pad())
+    found = loaded.probs(batch, Positions(real))
+
+    asked = recorder.asked[-1]
+    back = theirs["id"].argsort()  # equal lengths may have changed places
+    for key in ("src_tokens", "prev_output_tokens"):
+        wanted = trimmed(theirs["net_input"][key][back])
+        given = trimmed(asked[key])
+        if key == "prev_output_tokens":  # behind the last that is asked about mBART has one more
+            wanted = [row[: len(mine)] for row, mine in zip(wanted, given)]
+        assert given == wanted, key
+    assert asked["src_lengths"].tolist() == theirs["net_input"]["src_lengths"][back].tolist()
+
+    with torch.no_grad():
+        logits = model(**theirs["net_input"])[0][back].double()
+    extra = int(layout_of(kind, words).get("target_place") == "head") + int("bos" in layout_of(kind, words))
+    rows = [logits[i, extra : extra + len(target[order[i]])] for i in range(len(order))]
+    wanted = torch.cat(rows)[:, : len(plain)].softmax(1)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["m2m", "m2m by target", "m2m decoder alone", "mbart50"], indirect=False)
+def test_sentences_that_have_their_tokens(kind, folder, tmp_path):
+    """Text with the tokens, by the dictionary with the words that the task appends: the very same batches."""
+    words, model = made(kind, tmp_path / "teacher.pt", folder)
+    layout = layout_of(kind, words)
+    source, target = sentences(words)
+    tagged_source = wrap(source, PrependTokenDataset, layout["source"]) if "source" in layout else source
+    tagged_target = wrap(target, PrependTokenDataset, layout["target"]) if "target" in layout else target
+    batch = collate(words, tagged_source, tagged_target)
+    loaded = load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(words, "src", "tgt", folder))
+    found = loaded.probs(batch, Positions(batch["target"].ne(words.pad())))
+    with torch.no_grad():
+        logits = model(**batch["net_input"])[0].double()
+    wanted = logits[batch["target"].ne(words.pad())].softmax(1)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+
+
+def test_tokens_of_several_languages_and_of_none(folder, tmp_path):
+    """A sentence's own token counts; one without gets that of the run's languages."""
+    words, model = made("m2m", tmp_path / "teacher.pt", folder)
+    hi, ta, en = (words.index(f"__{x}__") for x in LANGS)
+    source, target = sentences(words, count=3)
+    full_source = [torch.cat([torch.tensor([tag]), s]) for tag, s in zip((ta, hi, ta), source)]
+    full_target = [torch.cat([torch.tensor([tag]), t]) for tag, t in zip((en, hi, en), target)]
+    some_source, some_target = [full_source[0], source[1], full_source[2]], [target[0], full_target[1], target[2]]
+    loaded = load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(words, "hi", "en", folder))
+    recorder = loaded.models[0] = Recorder(loaded.models[0])
+    batch = collate(words, some_source, some_target)
+    real = batch["target"].ne(words.pad())
+    found = loaded.probs(batch, Positions(real)).double()
+    asked = recorder.asked[-1]
+    order = batch["id"].tolist()
+    assert trimmed(asked["src_tokens"]) == [full_source[i].tolist() for i in order]
+    eos = [words.eos()]
+    assert trimmed(asked["prev_output_tokens"]) == [eos + full_target[i].tolist()[:-1] for i in order]
+    wanted = []
+    for i in order:
+        prev = torch.tensor([eos + full_target[i].tolist()[:-1]])
+        with torch.no_grad():
+            one = model(full_source[i].unsqueeze(0), torch.tensor([len(full_source[i])]), prev)[0][0].double()
+        wanted.append(one.softmax(1)[len(one) - len(some_target[i]) :])
+    torch.testing.assert_close(found, torch.cat(wanted), atol=1e-6, rtol=0)
+
+
+def test_logs_what_is_cut_off(folder, tmp_path, caplog):
+    made("m2m", tmp_path / "teacher.pt", folder)
+    plain = base_dictionary()
+    with caplog.at_level("INFO"):
+        loaded = load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(plain))
+        source, target = sentences(plain)
+        for _ in range(2):
+            batch = collate(plain, source, target)
+            loaded.probs(batch, Positions(batch["target"].ne(1)))
+    text = caplog.text
+    assert "task translation_multi_simple_epoch, hi-en" in text
+    assert "words that the teacher alone has, and that get no probability: __hi__ __ta__ __en__" in text
+    (cut,) = re.findall(r"of the teacher's probability ([\d.e-]+) is on words", text)
+    assert 0 < float(cut) < 0.5
+
+
+def refused(path, words=None, source="hi", target="en", **more):
+    with pytest.raises(ConfigError) as error:
+        load_teacher(Source(str(path), **more), student_task(words or base_dictionary(), source, target, path.parent))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("mbart ") and kind != "mbart"])
+def test_a_language_that_it_does_not_know(kind, folder, tmp_path):
+    path = tmp_path / "teacher.pt"
+    made(kind, path, folder)
+    names_target = kind in ("m2m by target", "m2m decoder alone")
+    message = refused(path, **{"target" if names_target else "source": "fr"})
+    assert str(path) in message
+    assert "fr" in message
+    assert "--teacher-model-overrides" in message
+    assert "hi" in message
+
+
+def test_languages_that_mbart_does_not_know(folder, tmp_path):
+    """Its file names its own pair, which counts; an override may name another."""
+    path = tmp_path / "teacher.pt"
+    made("mbart", path, folder)
+    base_dictionary().save(str(folder / "dict.fr.txt"))
+    message = refused(path, overrides="{'source_lang': 'fr'}")
+    assert "a source language" in message
+    assert "hi, ta, en" in message
+
+
+def test_its_languages_by_overrides(folder, tmp_path):
+    """A student of other names for the same languages."""
+    made("m2m", tmp_path / "teacher.pt", folder)
+    plain = base_dictionary()
+    path, task = str(tmp_path / "teacher.pt"), student_task(plain, "hindi", "english")
+    named = Source(path, "{'source_lang': 'ta', 'target_lang': 'en'}")
+    source, target = sentences(plain)
+    batch = collate(plain, source, target)
+    real = Positions(batch["target"].ne(1))
+    of_ta = load_teacher(named, task).probs(batch, real)
+    wanted = load_teacher(Source(path), student_task(plain, "ta", "en")).probs(batch, real)
+    assert torch.equal(of_ta, wanted)
+    other = load_teacher(Source(path), student_task(plain, "hi", "en"))
+    assert not torch.equal(other.probs(batch, real), wanted)
+    assert identify_teacher(named, task) == load_teacher(named, task).identity
+    assert identify_teacher(Source(path), student_task(plain, "hi", "en")) == other.identity
+    assert identify_teacher(Source(path), student_task(plain, "ta", "en")) != other.identity
+
+
+@pytest.mark.parametrize("chosen", ["translation", "translation_multi_simple_epoch"])
+def test_its_task_cannot_be_overridden(folder, tmp_path, chosen):
+    """An mBART teacher that is asked by the task of translation is asked wrongly."""
+    path = tmp_path / "teacher.pt"
+    made("mbart", path, folder)
+    message = refused(path, overrides=f"{{'task': '{chosen}'}}")
+    assert "translation_from_pretrained_bart" in message
+    assert "leave it out" in message
+
+
+def test_files_of_settings_that_are_elsewhere(folder, tmp_path):
+    """A list of languages and a dictionary by paths of the machine that trained it."""
+    own, there = tmp_path / "own", tmp_path / "there"
+    for place in (own, there):
+        place.mkdir()
+    (own / "langs.txt").write_text("\n".join(LANGS) + "\n")
+    base_dictionary().save(str(own / "model_dict.txt"))
+    more = dict(langs=None, lang_dict=str(own / "langs.txt"), fixed_dictionary=str(own / "model_dict.txt"))
+    path = own / "teacher.pt"
+    made("m2m", path, folder, **more)
+    moved = there / "teacher.pt"
+    path.rename(moved)
+    plain = base_dictionary()
+    (own / "langs.txt").rename(there / "langs.txt")
+    (own / "model_dict.txt").rename(there / "model_dict.txt")
+    load_teacher(Source(str(moved)), student_task(plain))
+    (there / "langs.txt").rename(there / "languages.txt")
+    message = refused(moved)
+    assert "langs.txt" in message
+    assert "'lang_dict'" in message
+    load_teacher(Source(str(moved), f"{{'lang_dict': '{there}/languages.txt'}}"), student_task(plain))
+
+
+def test_language_ids_are_refused(folder, tmp_path):
+    made("m2m", tmp_path / "teacher.pt", folder, enable_lang_ids=True)
+    assert "--enable-lang-ids" in refused(tmp_path / "teacher.pt")
+
+
+def test_a_target_with_a_token_that_mbart_never_predicts(folder, tmp_path):
+    words, _ = made("mbart", tmp_path / "teacher.pt", folder)
+    loaded = load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(words, data=folder))
+    source, target = sentences(words)
+    batch = collate(words, source, wrap(target, PrependTokenDataset, words.index("[en]")))
+    with pytest.raises(ConfigError, match="leave such tokens out of the targets"):
+        loaded.probs(batch, Positions(batch["target"].ne(1)))
+
+
+def test_a_source_without_a_token_where_each_needs_one(folder, tmp_path):
+    words, _ = made("m2m", tmp_path / "teacher.pt", folder)
+    loaded = load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(words, "src", "en", folder))
+    source, target = sentences(words)
+    batch = collate(words, source, target)
+    with pytest.raises(ConfigError, match="a source sentence has no token"):
+        loaded.probs(batch, Positions(batch["target"].ne(1)))
