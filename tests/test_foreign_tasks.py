@@ -5,10 +5,13 @@ from argparse import ArgumentParser, Namespace
 
 import pytest
 import torch
+from commands import PLUGIN, run, run_as_typed
+from conftest import KD
 from corpus import WORDS, sentence_pairs
 from fairseq import tasks
 from fairseq.data import AppendTokenDataset, Dictionary, LanguagePairDataset, ListDataset, PrependTokenDataset
 from fairseq.models import ARCH_CONFIG_REGISTRY
+from test_bad_usage import assert_refused
 
 from kd_ext.errors import ConfigError
 from kd_ext.modules.positions import Positions
@@ -385,3 +388,95 @@ def test_a_source_without_a_token_where_each_needs_one(folder, tmp_path):
     batch = collate(words, source, target)
     with pytest.raises(ConfigError, match="a source sentence has no token"):
         loaded.probs(batch, Positions(batch["target"].ne(1)))
+
+
+def kl(output):
+    return [float(x) for x in re.findall(r"kd_kl=([\d.e-]+)", output)]
+
+
+@pytest.fixture(scope="module")
+def m2m(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("m2m") / "teacher.pt"
+    made("m2m", path, folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tagged(m2m, folder, tmp_path_factory):
+    """Text with M2M-100's tokens, preprocessed as the command says, with the dictionary that it writes."""
+    out = tmp_path_factory.mktemp("tagged")
+    result = run(out / "log", "kd_ext.teacher_dictionary", m2m, out / "dict")
+    assert result.returncode == 0, result.output
+    command = result.last_line.split()
+    assert command[0] == "fairseq-preprocess"
+    assert command[-1] == "--joined-dictionary"
+    assert (out / "dict/dict.source.txt").read_text().split("\n")[-4:-1] == ["__hi__ 1", "__ta__ 1", "__en__ 1"]
+    assert (out / "dict/dict.source.txt").read_bytes() == (out / "dict/dict.target.txt").read_bytes()
+    pairs = list(sentence_pairs(60, seed=8, tagged=False))
+    (out / "train.src").write_text("".join(f"__{('hi', 'ta')[i % 2]}__ {p[0]}\n" for i, p in enumerate(pairs)))
+    (out / "train.tgt").write_text("".join(f"__en__ {p[1]}\n" for p in pairs))
+    more = ["-s", "src", "-t", "tgt", "--trainpref", out / "train", "--validpref", out / "train", "--workers", "1"]
+    result = run_as_typed(*command, *more, "--destdir", out / "bin")
+    assert result.returncode == 0, result.output
+    return out / "bin"
+
+
+TRAIN = ["--optimizer", "sgd", "--lr", "1e-9", "--max-tokens", "200", "--cpu", "--num-workers", "0"]
+TRAIN += ["--max-update", "2", "--no-progress-bar", "--log-interval", "1", "--disable-validation", "--dropout", "0"]
+TRAIN += [*PLUGIN, *KD, "--kd-strategy", "word_level", "--arch", "transformer"]
+TRAIN += [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+
+
+def test_kl_of_a_student_with_its_weights(m2m, tagged, tmp_path):
+    """The command line, from a file of M2M-100's to a student that says what it says: kd_kl is 0."""
+    flags = [*TRAIN, "--teacher-checkpoint-path", m2m, "--finetune-from-model", m2m, "--save-dir", tmp_path]
+    result = run(tmp_path / "log", "fairseq-train", tagged, *flags)
+    assert result.returncode == 0, result.output
+    assert [abs(x) for x in kl(result.output)] == [0.0, 0.0]
+    assert "task translation_multi_simple_epoch" in result.output
+
+
+def test_a_student_of_one_pair(m2m, tmp_path, folder):
+    """Plain text of one pair, by the teacher's dictionary without the words that its task appends; and a cache."""
+    pairs = list(sentence_pairs(60, seed=8, tagged=False))
+    for side, language in ((0, "ta"), (1, "en")):
+        (tmp_path / f"train.{language}").write_text("".join(f"{p[side]}\n" for p in pairs))
+    words = ["--srcdict", folder / "dict.hi.txt", "--joined-dictionary", "--destdir", tmp_path / "bin"]
+    data = [
+        "-s",
+        "ta",
+        "-t",
+        "en",
+        "--trainpref",
+        tmp_path / "train",
+        "--validpref",
+        tmp_path / "train",
+        "--workers",
+        "1",
+    ]
+    assert run_as_typed("fairseq-preprocess", *data, *words).returncode == 0
+    limits = ["--max-source-positions", "1023", "--max-target-positions", "1023"]  # the tokens come on top
+    flags = [tmp_path / "bin", *TRAIN, *limits, "--lr", "0.1", "--teacher-checkpoint-path", m2m, "--save-dir"]
+    direct = run(tmp_path / "log", "fairseq-train", *flags, tmp_path / "direct")
+    assert direct.returncode == 0, direct.output
+    cache = ["--teacher-cache-dir", tmp_path / "cache", "--teacher-cache-top-k", "44"]
+    for _ in range(2):
+        cached = run(tmp_path / "log", "fairseq-train", *flags, tmp_path / "cached", *cache, "--reset-optimizer")
+        assert cached.returncode == 0, cached.output
+        assert len(kl(direct.output)) == 2
+        for path in (tmp_path / "cached").glob("*.pt"):
+            path.unlink()
+        assert kl(cached.output) == pytest.approx(kl(direct.output), abs=2e-3)  # probabilities of a cache are rounded
+    other = [
+        tmp_path / "bin",
+        *TRAIN,
+        *limits,
+        "--teacher-checkpoint-path",
+        m2m,
+        *cache,
+        "--save-dir",
+        tmp_path / "other",
+    ]
+    other += ["--teacher-model-overrides", "{'source_lang': 'hi'}"]
+    result = run(tmp_path / "log", "fairseq-train", *other)
+    assert_refused(result, tmp_path / "other", "the cache", "other teacher")

@@ -52,9 +52,12 @@ class InputFormat:
     @property
     def added(self) -> Tuple[int, int]:
         """How many tokens a source and a target grow by at most."""
-        bos = int(self._bos is not None)
-        source = int(self._source is not None and self._source.place in (HEAD, TAIL))
-        return bos + source, bos + int(self._target is not None and self._target.place == HEAD)
+        sides = (
+            token is not None and token.default is not None and token.place in (HEAD, TAIL)
+            for token in (self._source, self._target)
+        )
+        source, target = (int(grows) + int(self._bos is not None) for grows in sides)
+        return source, target
 
     @property
     def languages(self) -> Set[int]:

@@ -71,7 +71,7 @@ def load_teacher(source: Source, student_task: Any) -> Teacher:
         )
     settings = source.settings()
     if source.user_dir is not None:
-        _import_user_dir(source.user_dir)
+        import_user_dir(source.user_dir)
     with random_state_kept():  # building a model draws its initial weights
         loaded = [_load_one(path, settings, source.ema, student_task) for path in utils.split_paths(source.path)]
     models, layouts, identities = zip(*loaded)
@@ -116,7 +116,7 @@ def _find_projection(model: torch.nn.Module) -> Optional[Projection]:
         return None
 
 
-def _import_user_dir(user_dir: str) -> None:
+def import_user_dir(user_dir: str) -> None:
     flag = f"--teacher-user-dir {user_dir}"
     try:
         utils.import_user_module(Namespace(user_dir=user_dir))

@@ -5,7 +5,6 @@ import os
 from argparse import Namespace
 from typing import Any, Dict
 
-import torch
 from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -84,10 +83,10 @@ def _check_is_checkpoint(path: str, state: Dict[str, Any]) -> None:
             "with --no-shard-state, or consolidate the shards)"
         )
     if state.get("cfg") is None or "model" not in state:
-        what = "it has no settings or no model"
-        if state and all(torch.is_tensor(value) for key, value in state.items() if key not in (LAYOUT, WEIGHTS)):
-            what = "it holds weights alone, without settings"
-        raise ConfigError(f"{FLAG} {path}: not a checkpoint of fairseq: {what}; name a file that fairseq-train wrote")
+        raise ConfigError(
+            f"{FLAG} {path}: not a checkpoint of fairseq: it has no settings or no model; name a file that "
+            "fairseq-train wrote"
+        )
 
 
 def _check_registered(path: str, kind: str, name: str, registry: Dict[str, Any]) -> None:
@@ -110,15 +109,15 @@ def _choose_task(path: str, chosen: str, state: Dict[str, Any]) -> None:
             f"--teacher-model-overrides {{'task': {chosen!r}}}: {path} is of the task '{own}', whose model would be "
             "asked in another way than it was trained; leave it out"
         )
-    fields = TASK_DATACLASS_REGISTRY[chosen].__dataclass_fields__ if chosen in TASK_DATACLASS_REGISTRY else None
-    saved = vars(cfg.task) if isinstance(cfg.task, Namespace) else dict(cfg.task)
-    kept = {key: value for key, value in saved.items() if fields is None or key in fields}
+    saved = vars(cfg.task) if isinstance(cfg.task, Namespace) else OmegaConf.to_container(cfg.task)
     with open_dict(cfg):
-        if fields is None:
-            cfg.task = Namespace(**kept, _name=chosen)
-        else:
-            cfg.task = OmegaConf.create({**OmegaConf.structured(TASK_DATACLASS_REGISTRY[chosen]), **kept})
+        if chosen in TASK_DATACLASS_REGISTRY:
+            cfg.task = OmegaConf.structured(TASK_DATACLASS_REGISTRY[chosen])
+            for key in saved.keys() & cfg.task.keys():
+                cfg.task[key] = saved[key]
             cfg.task._name = chosen
+        else:
+            cfg.task = Namespace(**{**saved, "_name": chosen})
 
 
 def _check_overrides(path: str, settings: Dict[str, Any], cfg: Any) -> None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from kd_ext.errors import ConfigError
 from kd_ext.files import safe_loading, settings
 from kd_ext.upstream.foreign_settings import leave_out
 
@@ -29,6 +30,8 @@ class _SafelyLoadingTorch(ModuleType):
         # what else fairseq may be made to ask for is to load unsafely
         state = safe_loading.load(file, map_location)
         path = str(getattr(file, "name", file))
+        if isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())):
+            raise ConfigError(f"{path}: not a checkpoint of fairseq: it holds weights alone, without settings")
         settings.check(path, state)
         leave_out(path, state)
         return state

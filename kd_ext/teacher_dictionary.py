@@ -1,0 +1,80 @@
+"""``python -m kd_ext.teacher_dictionary TEACHER DESTDIR``: the dictionaries of a teacher as files.
+
+They have the words that its task appends, the tokens of languages and ``<mask>``, so that a student's text can have
+them. ``fairseq-preprocess`` takes them by ``--srcdict`` and ``--tgtdict``.
+"""
+
+import argparse
+import os
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any, Optional, Sequence
+
+from fairseq import tasks
+from fairseq.data import Dictionary
+
+import kd_ext  # noqa: F401  lets fairseq's checkpoints be read
+from kd_ext.errors import ConfigError
+from kd_ext.files.writing import check_output, written_whole
+from kd_ext.teachers import reading
+from kd_ext.teachers.dictionaries import point_at_dictionaries
+from kd_ext.teachers.kinds import find_kind
+from kd_ext.teachers.load import Source, import_user_dir
+
+NAMES = ("dict.source.txt", "dict.target.txt")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Write the two files.
+
+    Raises:
+        ConfigError: the teacher's dictionaries cannot be read, or the files cannot be written
+    """
+    options = _parser().parse_args(arguments)
+    source = Source(options.teacher, options.teacher_model_overrides, options.teacher_user_dir)
+    dictionaries = read_dictionaries(source, options.source_lang, options.target_lang)
+    os.makedirs(options.destdir, exist_ok=True)
+    paths = [os.path.join(options.destdir, name) for name in NAMES]
+    targets = [check_output(path, [options.teacher], _check_is_dictionary) for path in paths]
+    for path, target, words in zip(paths, targets, dictionaries):
+        with written_whole(target) as file:
+            for index in range(words.nspecial, len(words)):
+                file.write(f"{words[index]} {words.count[index]}\n".encode())
+        print(f"{path}: {len(words)} words")
+    same = dictionaries[0].symbols == dictionaries[1].symbols
+    print(f"fairseq-preprocess --srcdict {paths[0]} " + ("--joined-dictionary" if same else f"--tgtdict {paths[1]}"))
+
+
+def read_dictionaries(source: Source, source_lang: Optional[str], target_lang: Optional[str]) -> Sequence[Any]:
+    """Those of source and target, as the teacher's task makes them."""
+    if source.user_dir is not None:
+        import_user_dir(source.user_dir)
+    settings = source.settings()
+    state = reading.read(source.path, settings)
+    run = SimpleNamespace(cfg=Namespace(source_lang=source_lang, target_lang=target_lang))
+    kind = find_kind(source.path, state["cfg"].task, run)
+    point_at_dictionaries(kind, settings)
+    reading.let_go(state)
+    return kind.dictionaries(tasks.setup_task(kind.cfg))
+
+
+def _check_is_dictionary(path: str) -> None:
+    try:
+        Dictionary.load(path)
+    except Exception as error:  # of many kinds, by what is in it
+        raise ConfigError(f"{path}: not a dictionary") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kd_ext.teacher_dictionary", description=__doc__.split("\n")[0])
+    parser.add_argument("teacher", help="its checkpoint")
+    parser.add_argument("destdir", help=f"the folder for {' and '.join(NAMES)}")
+    parser.add_argument("-s", "--source-lang", help="for a teacher of several pairs, one of them")
+    parser.add_argument("-t", "--target-lang", help="the same")
+    parser.add_argument("--teacher-model-overrides", default="{}", help="as for fairseq-train")
+    parser.add_argument("--teacher-user-dir", help="as for fairseq-train")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
