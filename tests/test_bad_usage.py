@@ -276,3 +276,11 @@ def test_a_checkpoint_that_carries_code(train, teacher, data, tmp_path, zipped):
         load(path)
     torch.load(path, weights_only=False)  # it would have run
     assert witness.exists()
+
+
+@pytest.mark.parametrize("flags", [["--encoder-layers", "2"], ["--decoder-ffn-embed-dim", "40"]])
+def test_weights_of_another_size(train, teacher, tmp_path, flags):
+    begin = ["--finetune-from-model", teacher, "--criterion", "label_smoothed_cross_entropy", "--max-update", 1]
+    result = train(tmp_path / "s", *begin, *flags)
+    parts = teacher, "encoder.layers.1" if "--encoder-layers" in flags else "size mismatch", "give the flags"
+    assert_refused(result, tmp_path / "s", *parts)

@@ -7,6 +7,7 @@ import traceback
 from typing import Optional
 
 from fairseq import checkpoint_utils
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.reading import explained
@@ -37,6 +38,7 @@ def apply() -> None:
                 check_model_settings(path, model_settings(state), state.get("model"))
                 return state
         except ConfigError as error:
+            _check_architecture(path)
             whole = _newest_whole_beside(path)
             advice = f"the newest whole one beside it is {whole}" if whole else "beside it is no whole one"
             raise ConfigError(f"{error}; {advice}") from error
@@ -62,6 +64,8 @@ def _building(original):
         except Exception as error:
             if "allocate memory" in str(error) or "out of memory" in str(error):
                 raise
+            for path in filenames:
+                _check_architecture(path)
             place = traceback.extract_tb(error.__traceback__)[-1]
             said = " ".join(str(error).split())[:300]
             raise ConfigError(
@@ -70,6 +74,23 @@ def _building(original):
             ) from error
 
     return load_model_ensemble_and_task
+
+
+def _check_architecture(path: str) -> None:
+    """Name an architecture that is not registered: fairseq ends with a KeyError, of that or of something else."""
+    from kd_ext.models.saved_settings import get, model_settings
+
+    try:
+        with explained(path, EXPECTED):
+            settings = model_settings(load(path))
+    except ConfigError:  # that is said elsewhere
+        return
+    name = get(settings, "_name") or get(settings, "arch")
+    if isinstance(name, str) and name not in {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}:
+        raise ConfigError(
+            f"{path}: its architecture '{name}' is not registered; name the folder that registers it by --user-dir (of "
+            "a teacher by --teacher-user-dir); one that also does `import kd_ext` has this plugin with it"
+        )
 
 
 def _newest_whole_beside(damaged: str) -> Optional[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 import typing
 from importlib.machinery import FileFinder, PathFinder
@@ -10,6 +11,7 @@ from types import ModuleType
 
 def apply() -> None:
     """Apply every remedy that this Python needs; safe to call twice."""
+    _refuse_two_user_dirs()
     if sys.version_info >= (3, 10):
         _show_errors_of_hydra()
     if sys.version_info >= (3, 11):
@@ -20,6 +22,28 @@ def apply() -> None:
         _restore_typing_io()
     if sys.version_info >= (3, 14):
         _read_optional_types()
+
+
+def _refuse_two_user_dirs() -> None:
+    """Of several folders fairseq (0.12.2) takes the last, without a word; two in one value are no such file to it."""
+    if "fairseq_cli" not in sys.modules:
+        return
+    words = sys.argv[1:]
+    given = [
+        following if word == "--user-dir" else word[len("--user-dir=") :]
+        for word, following in zip(words, [*words[1:], ""])
+        if word == "--user-dir" or word.startswith("--user-dir=")
+    ]
+    parts = [part for value in given for part in re.split("[:,]", value)]
+    joined = len(parts) > len(given) and not all(map(os.path.exists, given)) and any(map(os.path.exists, parts))
+    if len({os.path.realpath(value) for value in given}) > 1 or joined:
+        shown = " ".join(f"--user-dir {value}" for value in given)
+        print(
+            f"kd_ext: error: {shown}: fairseq imports one folder; name one whose __init__.py imports both, as "
+            "`import kd_ext` does for this plugin once it is installed",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def _show_errors_of_hydra() -> None:

@@ -36,8 +36,12 @@ def apply() -> None:
     sys.excepthook = excepthook
 
 
+_DO_NOT_FIT = "Cannot load model parameters from checkpoint"  # how the trainer's Exception begins
+
+
 def _message(error: Optional[BaseException]) -> Optional[str]:
     """The line for what `error` is, or was raised from; None if that is nothing that a flag can mend."""
+    outermost = error
     while error is not None:
         if isinstance(error, ConfigError):
             return str(error)
@@ -47,4 +51,8 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
         if isinstance(error, MissingMandatoryValue):
             return f"{str(error).splitlines()[0]}; the recipe leaves it open (???): name it on the command line"
         error = error.__cause__ or error.__context__
+    if outermost is not None and str(outermost).startswith(_DO_NOT_FIT):
+        reason = outermost.__cause__ or outermost.__context__
+        said = " ".join(str(reason).split())[:400]
+        return f"{outermost} ({type(reason).__name__}: {said}); give the flags of the model that it was trained with, or another checkpoint"
     return None
