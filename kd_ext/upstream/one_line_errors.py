@@ -54,5 +54,6 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
     if outermost is not None and str(outermost).startswith(_DO_NOT_FIT):
         reason = outermost.__cause__ or outermost.__context__
         said = " ".join(str(reason).split())[:400]
-        return f"{outermost} ({type(reason).__name__}: {said}); give the flags of the model that it was trained with, or another checkpoint"
+        remedy = "give the flags of the model that it was trained with, or another checkpoint"
+        return f"{outermost} ({type(reason).__name__}: {said}); {remedy}"
     return None
