@@ -1,22 +1,17 @@
-"""fairseq-train with the plugin: the command lines of the README, precisions, and upstream's options."""
+"""fairseq-train with the plugin: the documented command lines, precisions, and upstream's options."""
 
 import re
 
 import pytest
 import torch
-from commands import run_as_typed
-from conftest import KD, SIZES, TRAINING, load, needs_half
+from commands import ROOT, run_as_typed
+from conftest import KD, SIZES, STRATEGIES, TRAINING, load, needs_half
 from test_resume import is_trained
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKDConfig
 
-README_LINES = [
-    "--kd-strategy word_seq_level --alpha 0.5",
-    "--kd-strategy batch_level --kd-rate 0.5",
-    "--kd-strategy global_level --kd-rate 0.5 --kd-queue-size 1000000",
-    "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 1000000",
-    "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 100000 --kd-queue-window shared",
-]
+# the first column of the table of strategies
+LINES = re.findall(r"^\| `(--kd-strategy [^`]*)` \|", (ROOT / "docs/distilling.md").read_text(), re.MULTILINE)
 
 
 def logged(output, name):
@@ -24,8 +19,12 @@ def logged(output, name):
     return [float(x) for x in re.findall(rf"train_inner .*? {name}=([-\d.e]+|nan)", output)]
 
 
-@pytest.mark.parametrize("line", README_LINES)
-def test_command_lines_of_the_readme(data, teacher, tmp_path, line):
+def test_every_strategy_has_a_line():
+    assert {line.split()[1] for line in LINES} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_documented_command_lines(data, teacher, tmp_path, line):
     flags = [*TRAINING, "--arch", "transformer", *SIZES, *KD, "--teacher-checkpoint-path", teacher]
     result = run_as_typed("fairseq-train", data, *flags, "--save-dir", tmp_path, "--max-update", 20, *line.split())
     assert result.returncode == 0, result.output
@@ -34,7 +33,7 @@ def test_command_lines_of_the_readme(data, teacher, tmp_path, line):
     assert loss[-1] < loss[0] - 0.5
     assert all(kl >= 0 for kl in logged(result.output, "kd_kl"))
     share = logged(result.output, "kd_selected")
-    if "word_seq_level" in line:
+    if "word" in line:
         assert set(share) == {1}
     else:
         assert 0.3 < sum(share) / len(share) < 0.7

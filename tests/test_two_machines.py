@@ -1,4 +1,4 @@
-"""Runs on two machines, by the command of the README, against one machine with two processes."""
+"""Runs on two machines, by the command of docs/many-gpus.md, against one machine with two processes."""
 
 import re
 import shutil
@@ -7,19 +7,19 @@ import sys
 import pytest
 from commands import ROOT, run_two_workers, script
 from conftest import SIZES, STRATEGIES, TRAINING, strategy_flags
+from pages import command
 from test_resume import assert_same_run
 from two_hosts import Job, two_hosts
 
 WITH_TORCHS_WRAPPER = "pytorch_ddp_on_cpu"  # a module here
 COMMANDS = {"legacy_ddp": "fairseq-train", "pytorch_ddp": WITH_TORCHS_WRAPPER}
+PAGE = ROOT / "docs/many-gpus.md"
 QUEUES = {"global_level": {"all"}, "global_language_wise": {"hi", "ta", "bn"}}
 
 
-def of_readme(**meanings):
-    """The README's command for two machines without GPUs: what comes before fairseq-train, and after it."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if "--nnodes 2" in block and "--cpu" in block]
-    before, after = block.replace("\\\n", " ").split("$(which fairseq-train)")
+def of_page(**meanings):
+    """The documented command for two machines without GPUs: what comes before fairseq-train, and after it."""
+    before, after = command(PAGE, "--nnodes 2", "--cpu").split("$(which fairseq-train)")
     return [[meanings.get(word, word) for word in words.split() if word != "..."] for words in (before, after)]
 
 
@@ -31,11 +31,11 @@ def hosts(tmp_path_factory):
 
 @pytest.fixture
 def arguments(data, teacher, tmp_path):
-    """What fairseq-train is given: what the README has, and what makes it small."""
+    """What fairseq-train is given: what the page has, and what makes it small."""
 
     def arguments(*others, strategy, wrapper="legacy_ddp", arch="transformer"):
         meanings = {"DATA": data, "kd_ext": ROOT / "kd_ext", "teacher/checkpoint_best.pt": teacher}
-        _, known = of_readme(**meanings, SHARED=tmp_path / "shared")
+        _, known = of_page(**meanings, SHARED=tmp_path / "shared")
         known += [*TRAINING, *SIZES, *strategy_flags(strategy), "--dropout", 0.1]
         return [*known, "--ddp-backend", wrapper, "--arch", arch, *others]
 
@@ -44,7 +44,7 @@ def arguments(data, teacher, tmp_path):
 
 def on_two_machines(hosts, folder, *arguments, wrapper="legacy_ddp", meets_at=0, **others) -> Job:
     typed = {"fairseq-train": script("fairseq-train"), WITH_TORCHS_WRAPPER: ROOT / f"tests/{WITH_TORCHS_WRAPPER}.py"}
-    launcher, _ = of_readme(**{"python": sys.executable, "HOST:29500": f"{hosts[meets_at].name}:29500"})
+    launcher, _ = of_page(**{"python": sys.executable, "HOST:29500": f"{hosts[meets_at].name}:29500"})
     return Job(hosts, folder, "env", *launcher, typed[COMMANDS[wrapper]], *arguments, **others)
 
 
