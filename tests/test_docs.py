@@ -12,7 +12,7 @@ from commands import PLUGIN, ROOT, run
 from fairseq import options, registry
 from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
-from pages import PAGES, README, blocks, lines_of
+from pages import PAGES, README, assert_translated, blocks, lines_of, paste, path_of_the_readme
 from torch.distributed.run import get_args_parser
 
 FLAG = r"(?<![\w-])--[a-z*][\w*-]*"
@@ -132,7 +132,7 @@ def test_flags_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_flags_are_of_the_command_that_is_given_them(page):
-    for line in (line for block in blocks(page) for line in lines_of(block)):
+    for line in (line for block in blocks(text(page)) for line in lines_of(block)):
         before, launched, after = line.rpartition("$(which fairseq-train)")
         parts = [before, f"fairseq-train {after}"] if launched else [line]
         for part in parts:
@@ -172,3 +172,12 @@ def test_commands_that_are_named_exist(page):
 
 def test_every_command_of_this_project_is_described():
     assert set(re.findall(r"python -m kd_ext\.(\w+)", "".join(map(text, PAGES)))) == set(OWN)
+
+
+def test_from_an_empty_folder_to_a_translated_sentence(tmp_path):
+    """Each block of the README's path as it stands there."""
+    (tmp_path / "kd_ext").symlink_to(ROOT / "kd_ext")  # `--user-dir kd_ext`, which an installed package is found by
+    result = paste(tmp_path, path_of_the_readme())
+    assert result.returncode == 0, result.output
+    assert "kd_kl" in result.output
+    assert_translated(result.output)
