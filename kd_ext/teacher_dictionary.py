@@ -53,7 +53,7 @@ def read_dictionaries(source: Source, source_lang: Optional[str], target_lang: O
     state = reading.read(source.path, settings)
     run = SimpleNamespace(cfg=Namespace(source_lang=source_lang, target_lang=target_lang))
     kind = find_kind(source.path, state["cfg"].task, run)
-    point_at_dictionaries(kind, settings)
+    point_at_dictionaries(kind, settings, run)
     reading.let_go(state)
     return kind.dictionaries(tasks.setup_task(kind.cfg))
 

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "trained_with"
 TEACHER, SOURCE, TARGET = "teacher", "source dictionary", "target dictionary"
+LANGUAGES = "languages"  # for who reads the checkpoint: fairseq saves none that it read off the data
 _FLAGS = {SOURCE: "--srcdict", TARGET: "--tgtdict"}
 
 
@@ -22,9 +23,10 @@ def of_dictionaries(source: Dictionary, target: Dictionary) -> Dict[str, str]:
 
 def of_task(task: Any) -> Dict[str, str]:
     """What is to be recorded of a run of a task: of one that says nothing of it the dictionaries, if it translates."""
-    if isinstance(task, TranslationTask):
-        return getattr(task, KEY, None) or of_dictionaries(task.source_dictionary, task.target_dictionary)
-    return {}
+    if not isinstance(task, TranslationTask):
+        return {}
+    found = getattr(task, KEY, None) or of_dictionaries(task.source_dictionary, task.target_dictionary)
+    return {**found, LANGUAGES: f"{task.cfg.source_lang}-{task.cfg.target_lang}"}
 
 
 def recorded(state: Dict[str, Any]) -> Dict[str, str]:

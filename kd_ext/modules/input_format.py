@@ -20,11 +20,29 @@ class LanguageToken(NamedTuple):
         default: its id; None: each sentence has one of its own
         known: the ids of all languages' tokens that a sentence may have by itself, wherever it is in a source, at the
             head of a target
+        ends: whether it also ends a target, behind its eos
     """
 
     place: str
     default: Optional[int]
     known: Tuple[int, ...] = ()
+    ends: bool = False
+
+
+class Beginning(NamedTuple):
+    """What a translation is decoded from.
+
+    Attributes:
+        net_input: ``src_tokens``, shape ``(B, S)``, and ``src_lengths``, shape ``(B,)``
+        prefix: what each translation begins with, shape ``(B, P)``
+        bos: with what the decoder begins; None: with eos
+        eos: what ends a translation, behind its eos; None: its eos
+    """
+
+    net_input: Dict[str, Tensor]
+    prefix: Tensor
+    bos: Optional[int]
+    eos: Optional[int]
 
 
 class InputFormat:
@@ -90,6 +108,28 @@ class InputFormat:
         mask = positions.mask.new_zeros(len(prev), prev.size(1) + 1).scatter_(1, columns, positions.mask)[:, :-1]
         asked = {**net_input, "src_tokens": src, "src_lengths": lengths, "prev_output_tokens": prev}
         return asked, Positions(mask, positions.count)
+
+    def beginning(self, net_input: Dict[str, Any]) -> Beginning:
+        """How the model is asked to translate.
+
+        Args:
+            net_input: as for :meth:`apply`; of ``prev_output_tokens`` the token of a language that a reference begins
+                with counts, which its translation then begins with
+
+        Raises:
+            ConfigError: as :meth:`apply`
+        """
+        src, lengths = self._lay_source(net_input["src_tokens"])
+        prev, token, bos, eos = net_input["prev_output_tokens"], self._target, None, None
+        prefix = self._bos_of(prev)
+        if token is not None and token.place == HEAD:
+            second = prev.ne(self._pad) & (prev.ne(self._pad).cumsum(1)).eq(2)
+            prefix.append(self._language(token, "target", prev, second)[0])
+        elif token is not None:
+            self._refuse_language_in(prev, prev.ne(self._pad))
+            bos, eos = token.default, token.default if token.ends else None
+        begins = torch.stack(prefix, 1) if prefix else src.new_empty(len(src), 0)
+        return Beginning({"src_tokens": src, "src_lengths": lengths}, begins, bos, eos)
 
     def _lay_source(self, tokens: Tensor) -> Tuple[Tensor, Tensor]:
         keep, heads, tails = tokens.ne(self._pad), self._bos_of(tokens), []

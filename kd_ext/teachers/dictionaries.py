@@ -1,5 +1,6 @@
 """A teacher's dictionaries: where they are, whether they are its own, and whether they are the student's."""
 
+import logging
 import os
 from typing import Any, Dict, List, Sequence
 
@@ -10,28 +11,42 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.teachers.kinds import FLAG, Kind, editable
 
+logger = logging.getLogger(__name__)
+
 _NAME_FOLDER = "name {} by --teacher-model-overrides \"{{'data': 'folder'}}\""
 
 
-def point_at_dictionaries(kind: Kind, settings: Dict[str, Any]) -> None:
+def point_at_dictionaries(kind: Kind, settings: Dict[str, Any], student_task: Any) -> None:
     """Make a task's settings fit for building a teacher: dictionaries, and no generator of its own.
 
     Raises:
-        ConfigError: there are none where the user says, beside the checkpoint, or where it was trained
+        ConfigError: there are none where the user says, or else beside the checkpoint, where it was trained, or in the
+            student's data
     """
     with editable(kind.cfg):
         if "data" in kind.cfg:
-            kind.cfg.data = _folder(kind, settings)
+            kind.cfg.data = _folder(kind, settings, student_task)
         if "eval_bleu" in kind.cfg:
             kind.cfg.eval_bleu = False
 
 
-def _folder(kind: Kind, settings: Dict[str, Any]) -> str:
+def _folder(kind: Kind, settings: Dict[str, Any], student_task: Any) -> str:
     beside, recorded = os.path.dirname(os.path.abspath(kind.path)), utils.split_paths(kind.cfg.data)[0]
-    folders = [settings["data"]] if "data" in settings else [beside, recorded]
-    names = kind.dictionary_names()
+    own = getattr(student_task.cfg, "data", None)
+    students = utils.split_paths(own)[:1] if own else []
+    folders = [settings["data"]] if "data" in settings else list(dict.fromkeys([beside, recorded, *students]))
+    names, others = kind.dictionary_names(), kind.students_dictionary_names()
     for folder in folders:
-        if all(os.path.isfile(os.path.join(folder, name)) for name in names):
+        for wanted in (names,) if kind.languages_matter else (names, others):
+            if not all(os.path.isfile(os.path.join(folder, name)) for name in wanted):
+                continue
+            if wanted != names:
+                kind.name_as_student()
+            if folder in students and folder not in (beside, recorded):
+                logger.warning(
+                    "%s: its dictionaries are neither beside it nor in %s, where it was trained; those in %s are taken",
+                    *(kind.path, recorded, folder),
+                )
             return folder
     raise ConfigError(
         f"{FLAG} {kind.path}: no {' and '.join(names)} in {' or '.join(folders)}; {_NAME_FOLDER.format('their folder')}"

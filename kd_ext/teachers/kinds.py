@@ -37,9 +37,11 @@ class Kind:
     """
 
     file_settings: Tuple[str, ...] = ()
+    languages_matter = False  # the names of its languages do nothing but name its files
 
     def __init__(self, path: str, cfg: Any, student_task: Any) -> None:
         self.path, self.cfg = path, cfg
+        self._student = student_task.cfg
         self.pair = self._find_pair(student_task.cfg)
         self._find_files()
 
@@ -67,6 +69,16 @@ class Kind:
     def dictionary_names(self) -> List[str]:
         """The files that the task reads in its folder of data."""
         return [f"dict.{language}.txt" for language in self.pair]
+
+    def students_dictionary_names(self) -> List[str]:
+        """The same, named by the student's languages."""
+        return [f"dict.{getattr(self._student, side)}.txt" for side in SIDES]
+
+    def name_as_student(self) -> None:
+        """Have the task read its dictionaries under those names."""
+        with editable(self.cfg):
+            for side in SIDES:
+                setattr(self.cfg, side, getattr(self._student, side))
 
     def appended_words(self, task: Any) -> List[str]:
         """What the task adds to its dictionaries."""
@@ -99,6 +111,8 @@ class FromPretrainedBart(Kind):
     A source ends with its language behind its eos, and the decoder begins with that of the target.
     """
 
+    languages_matter = True
+
     def _languages(self) -> List[str]:
         return [f"[{language}]" for language in self.cfg.langs.split(",")]
 
@@ -116,7 +130,7 @@ class FromPretrainedBart(Kind):
         return InputFormat(
             source.pad(),
             LanguageToken(TAIL, of[0], in_source),
-            LanguageToken(BEGIN, of[1], in_target),
+            LanguageToken(BEGIN, of[1], in_target, ends=True),
             bos=source.bos() if getattr(self.cfg, "prepend_bos", False) else None,
             left_pad_source=utils.eval_bool(self.cfg.left_pad_source),
         )
@@ -131,6 +145,8 @@ class MultiSimpleEpoch(Kind):
     Tokens of languages at the head of sources, targets or both, or in place of a source's eos and of that with which
     a decoder begins.
     """
+
+    languages_matter = True
 
     file_settings = ("lang_dict", "fixed_dictionary", "source_dict", "target_dict", "sampling_weights_from_file")
 
@@ -210,6 +226,8 @@ class Multilingual(Kind):
 
     A language's token may be in place of a source's eos, and of that with which a decoder begins.
     """
+
+    languages_matter = True
 
     def _find_pair(self, student):
         cfg = self.cfg

@@ -4,7 +4,7 @@ import inspect
 import logging
 import os
 from argparse import Namespace
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from fairseq import tasks, utils
@@ -45,10 +45,19 @@ class Source(NamedTuple):
         return parse_overrides("--teacher-model-overrides", self.overrides)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
+    """One model of a teacher.
+
+    Attributes:
+        layout: how it is asked; None: as the student is
+        identity: what tells it from others
+        target_dictionary: its own, whose last words the student may not have
+    """
+
     model: torch.nn.Module
     layout: Optional[InputFormat]
     identity: str
+    target_dictionary: Any
 
 
 def load_teacher(source: Source, student_task: Any) -> Teacher:
@@ -69,19 +78,25 @@ def load_teacher(source: Source, student_task: Any) -> Teacher:
             f"{FLAG} is missing: --kd-strategy {student_task.cfg.kd_strategy} distils a teacher; "
             "name its checkpoint, or train without one by --kd-strategy word_seq_level --alpha 0"
         )
+    loaded = load_models(source, student_task)
+    for one in loaded:
+        fuse_cross_attention(one.model)
+    return Teacher(
+        [one.model for one in loaded],
+        [_find_projection(one.model) for one in loaded],
+        _identity([one.identity for one in loaded], source.settings()),
+        [one.layout for one in loaded],
+        len(student_task.target_dictionary),
+    )
+
+
+def load_models(source: Source, student_task: Any) -> List[Loaded]:
+    """The models of a teacher, as :func:`load_teacher` loads them, which can also decode."""
     settings = source.settings()
     if source.user_dir is not None:
         import_user_dir(source.user_dir)
     with random_state_kept():  # building a model draws its initial weights
-        loaded = [_load_one(path, settings, source.ema, student_task) for path in utils.split_paths(source.path)]
-    models, layouts, identities = zip(*loaded)
-    return Teacher(
-        models,
-        [_find_projection(model) for model in models],
-        _identity(identities, settings),
-        layouts,
-        len(student_task.target_dictionary),
-    )
+        return [_load_one(path, settings, source.ema, student_task) for path in utils.split_paths(source.path)]
 
 
 def identify_teacher(source: Source, student_task: Any) -> str:
@@ -134,7 +149,7 @@ def import_user_dir(user_dir: str) -> None:
         raise ConfigError(f"{flag}: cannot be imported ({in_a_line(error)}); {remedy}") from error
 
 
-def _load_one(path: str, settings: Dict[str, Any], ema: bool, student_task: Any) -> _Loaded:
+def _load_one(path: str, settings: Dict[str, Any], ema: bool, student_task: Any) -> Loaded:
     try:
         return _build(path, settings, reading.read(path, settings, ema), student_task)
     except (ConfigError, MemoryError):
@@ -145,25 +160,24 @@ def _load_one(path: str, settings: Dict[str, Any], ema: bool, student_task: Any)
         raise ConfigError(f"{given}: {path} cannot be loaded so ({in_a_line(error)}); {remedy}") from error
 
 
-def _build(path: str, settings: Dict[str, Any], state: Dict[str, Any], student_task: Any) -> _Loaded:
+def _build(path: str, settings: Dict[str, Any], state: Dict[str, Any], student_task: Any) -> Loaded:
     cfg = state["cfg"]
     kind = find_kind(path, cfg.task, student_task)
     check.check_direction(kind, student_task)
-    point_at_dictionaries(kind, settings)
+    point_at_dictionaries(kind, settings, student_task)
     task = tasks.setup_task(cfg.task)
     compare_dictionaries(kind, task, student_task)
     check_recorded(kind, task, state)
     identity = _identity_of_one(state, kind)
     model = kind.model_of(_build_model(path, task, cfg.model, state))
     drop_dead_parameters(model)
-    fuse_cross_attention(model)
     layout = kind.input_format(task, student_task)
     check.check_is_encoder_decoder(path, model, cfg.model._name)
     check.check_lengths(path, model, layout, student_task)
     check.look(path, model, cfg.model._name, layout, student_task)
     _log(path, state, kind, task, model, student_task)
     reading.let_go(state)
-    return _Loaded(model, layout, identity)
+    return Loaded(model, layout, identity, kind.dictionaries(task)[1])
 
 
 def _log(path: str, state: Dict[str, Any], kind: Kind, task: Any, model: torch.nn.Module, student_task: Any) -> None:

@@ -2,21 +2,24 @@
 
 import difflib
 import os
+import re
 from argparse import Namespace
 from typing import Any, Dict
 
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from omegaconf import OmegaConf, open_dict
 
 from kd_ext.errors import ConfigError
+from kd_ext.files import trained_with
 from kd_ext.models.same_function import settings_read
-from kd_ext.teachers.kinds import FLAG, KINDS
+from kd_ext.teachers.kinds import FLAG, KINDS, SIDES, editable
 from kd_ext.upstream.foreign_settings import UNREGISTERED_TASK
 from kd_ext.upstream.mapped_checkpoints import mapped_checkpoints
 
+_OF_PAIR = re.compile(r"train\d*\.([^.-]+)-([^.-]+)\.")
 LAYOUT, WEIGHTS = "layout", "weights"  # of the state, for the log
 
 
@@ -43,6 +46,7 @@ def read(path: str, settings: Dict[str, Any], ema: bool = False) -> Dict[str, An
     _check_registered(path, "task", chosen or state.get(UNREGISTERED_TASK, state["cfg"].task._name), TASK_REGISTRY)
     if chosen:
         _choose_task(path, chosen, state)
+    _fill_in_languages(state)
     _check_overrides(path, settings, state["cfg"])
     _check_registered(path, "architecture", state["cfg"].model._name, {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY})
     state[WEIGHTS] = "raw"
@@ -118,6 +122,22 @@ def _choose_task(path: str, chosen: str, state: Dict[str, Any]) -> None:
             cfg.task._name = chosen
         else:
             cfg.task = Namespace(**{**saved, "_name": chosen})
+
+
+def _fill_in_languages(state: Dict[str, Any]) -> None:
+    """Those of a run that read them off its data: as the plugin recorded them, or as the data is there."""
+    task = state["cfg"].task
+    if any(side not in task or getattr(task, side) for side in SIDES) or "data" not in task or not task.data:
+        return
+    pairs = {tuple(trained_with.recorded(state).get(trained_with.LANGUAGES, "").split("-"))}
+    folder = utils.split_paths(task.data)[0]
+    if pairs == {("",)}:
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        pairs = {match.groups() for match in map(_OF_PAIR.match, names) if match}
+    if len(pairs) == 1 and len(pair := pairs.pop()) == 2:
+        with editable(task):
+            for side, language in zip(SIDES, pair):
+                setattr(task, side, language)
 
 
 def _check_overrides(path: str, settings: Dict[str, Any], cfg: Any) -> None:

@@ -1,0 +1,186 @@
+"""One process's part in translating a training set."""
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
+
+import numpy as np
+import torch
+from fairseq import tasks, utils
+from fairseq.data import data_utils
+
+from kd_ext.errors import ConfigError
+from kd_ext.files.trained_with import of_dictionaries
+from kd_ext.sequences.choosing import Hypothesis, Taken, choose, failure_of, sentence_metric
+from kd_ext.sequences.decoding import Decoder
+from kd_ext.sequences.reverse_scores import ReverseScores
+from kd_ext.teachers.check import in_a_line
+from kd_ext.teachers.load import Source, identify_teacher, load_models, load_teacher
+
+FORMAT = "kd_ext sequence distillation 1"
+TOO_LONG = "long"
+
+
+class Work:
+    """A part A of the data ``A:B`` and what is made of it.
+
+    Args:
+        cfg: fairseq's configuration of a generation command
+        options: this command's own flags
+        part: which of the folders that ``data`` names, from 0
+    """
+
+    def __init__(self, cfg: Any, options: Any, part: int) -> None:
+        self.cfg, self.options = cfg, options
+        self.folder = utils.split_paths(cfg.task.data)[part]
+        try:
+            self.task = tasks.setup_task(cfg.task)
+            self.task.load_dataset(options.subset, epoch=part + 1, combine=True)
+        except Exception as error:  # of many kinds: no folder, no languages in the names of its files, no such set
+            raise ConfigError(
+                f"{self.folder} --subset {options.subset}: cannot be read ({in_a_line(error)}); name the folder that "
+                "fairseq-preprocess wrote, and a set in it"
+            ) from error
+        self.dataset = self.task.dataset(options.subset)
+        if self.dataset.tgt is None:
+            raise ConfigError(f"{self.folder}: --subset {options.subset} has no targets; name data with both sides")
+        self.source, self.target = self.task.cfg.source_lang, self.task.cfg.target_lang
+        use_cuda = torch.cuda.is_available() and not cfg.common.cpu
+        self.device = torch.device("cuda" if use_cuda else "cpu")
+        self.dtype = torch.half if cfg.common.fp16 else torch.bfloat16 if cfg.common.bf16 else torch.float32
+        self._teacher = Source(cfg.common_eval.path, cfg.common_eval.model_overrides, options.teacher_user_dir)
+        self._reverse = Source(options.rescore) if options.rescore else None
+        self.batches = self._batches()
+
+    def _batches(self) -> List[np.ndarray]:
+        """All of the set, the longest sources first: the slowest batch, and the largest, is the first."""
+        lengths = np.asarray(self.dataset.src_sizes, dtype=np.int64)
+        order = np.lexsort((np.arange(len(lengths)), -lengths))
+        limits = self.cfg.dataset.max_tokens, self.cfg.dataset.batch_size
+        # at least one sentence is in a batch
+        longest = max(int(lengths.max()) if len(lengths) else 1, limits[0] or 0)
+        return data_utils.batch_by_size(
+            order,
+            num_tokens_fn=lambda i: lengths[i],
+            num_tokens_vec=lengths[order],
+            max_tokens=longest if limits[0] else None,
+            max_sentences=limits[1],
+        )
+
+    def manifest(self) -> Dict[str, Any]:
+        """What tells this work from other work."""
+        sizes = np.stack([np.asarray(self.dataset.src_sizes), np.asarray(self.dataset.tgt_sizes)]).astype(np.int64)
+        options, dataset = self.options, self.cfg.dataset
+        generation = {key: str(value) for key, value in sorted(dict(self.cfg.generation).items())}
+        return {
+            "format": FORMAT,
+            "data": hashlib.sha256(sizes.tobytes()).hexdigest()[:16],
+            **of_dictionaries(self.task.source_dictionary, self.task.target_dictionary),
+            "teacher": identify_teacher(self._teacher, self._student()),
+            "--rescore": identify_teacher(self._reverse, self._student(True)) if self._reverse else None,
+            "--max-tokens": dataset.max_tokens,
+            "--batch-size": dataset.batch_size,
+            "--seed": self.cfg.common.seed,
+            "precision": str(self.dtype),
+            **{f"--{key.replace('_', '-')}": getattr(options, key) for key in ("choose", "closest_by", "max_ratio")},
+            "--post-process": self.cfg.common_eval.post_process,
+            "generation": generation,
+        }
+
+    def _student(self, reverse: bool = False) -> Any:
+        """What a teacher is loaded for: the data's words and languages, and no limit of its own to lengths."""
+        sides = [(self.source, self.task.source_dictionary), (self.target, self.task.target_dictionary)]
+        (source, source_words), (target, target_words) = sides[::-1] if reverse else sides
+        cfg = SimpleNamespace(source_lang=source, target_lang=target, kd_strategy="", data=self.cfg.task.data)
+        return SimpleNamespace(
+            cfg=cfg,
+            source_dictionary=source_words,
+            target_dictionary=target_words,
+            max_positions=lambda: (0, 0),
+        )
+
+    def run(self, index: int, processes: int, done: Set[int]) -> Iterator[Any]:
+        """Translate every so many-th batch that is not done; gives each one's number and what became of it."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(index % torch.cuda.device_count())
+        else:
+            torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        pending = [number for number in range(len(self.batches)) if number not in done][index::processes]
+        if not pending:
+            return
+        models = load_models(self._teacher, self._student())
+        limits = [one.model.max_positions() for one in models]
+        added = models[0].layout.added if models[0].layout is not None else (0, 0)
+        longest = min(limit[0] for limit in limits) - added[0]
+        decoder = Decoder(models, self.task, self.cfg, self.device, self.dtype)
+        scores = self._load_reverse()
+        for number in pending:
+            torch.manual_seed(self.cfg.common.seed * 1_000_003 + number)  # --sampling: the same in any process
+            yield number, self._batch(self.batches[number], decoder, scores, longest)
+
+    def _load_reverse(self) -> Optional[ReverseScores]:
+        if self._reverse is None:
+            return None
+        teacher = load_teacher(self._reverse, self._student(True))
+        teacher.place(self.device, self.dtype)
+        return ReverseScores(teacher, self.task.source_dictionary, self.device)
+
+    def _batch(
+        self, ids: Sequence[int], decoder: Decoder, scores: Optional[ReverseScores], longest: int
+    ) -> List[Dict[str, Any]]:
+        """What became of each sentence of a batch, in JSON's types."""
+        lengths = np.asarray(self.dataset.src_sizes, dtype=np.int64)
+        short = [int(i) for i in ids if lengths[i] <= longest]
+        found: Dict[int, List[Taken]] = {int(i): [] for i in ids}
+        if short:
+            sample = self.dataset.collater([self.dataset[i] for i in short])
+            for i, n_best in zip(sample["id"].tolist(), decoder.translate(sample)):
+                found[i] = self._choose(i, n_best)
+        reverse = self._reverse_scores(found, scores)
+        return [
+            {
+                "id": i,
+                "taken": [
+                    [taken.choice, taken.failure, taken.hypothesis.score, taken.hypothesis.tokens, reverse.get((i, n))]
+                    for n, taken in enumerate(kept)
+                ],
+            }
+            for i, kept in found.items()
+        ]
+
+    def _choose(self, i: int, n_best: List[Hypothesis]) -> List[Taken]:
+        options, reference = self.options, self.tokens_of("target", i)
+        source_length, vocabulary = len(self.tokens_of("source", i)), len(self.task.target_dictionary)
+        closeness: Optional[Callable[[List[int]], float]] = None
+        if options.choose == "closest":
+            metric, wanted = sentence_metric(options.closest_by), self.text(reference)
+
+            def closeness(tokens: List[int]) -> float:
+                return metric(self.text(tokens), wanted)
+
+        return choose(
+            n_best, options.choose, closeness, lambda h: failure_of(h, source_length, options.max_ratio, vocabulary)
+        )
+
+    def _reverse_scores(self, found: Dict[int, List[Taken]], scores: Optional[ReverseScores]) -> Dict[Any, float]:
+        places = [(i, n) for i, kept in found.items() for n, taken in enumerate(kept) if not taken.failure]
+        if scores is None or not places:
+            return {}
+        translations = [found[i][n].hypothesis.tokens for i, n in places]
+        return dict(zip(places, scores(translations, [self.tokens_of("source", i) for i, _ in places])))
+
+    def tokens_of(self, side: str, i: int) -> List[int]:
+        """A sentence of the data, without its eos."""
+        dataset, words = (
+            (self.dataset.src, self.task.source_dictionary)
+            if side == "source"
+            else (self.dataset.tgt, self.task.target_dictionary)
+        )
+        tokens: List[int] = dataset[i].tolist()
+        return tokens[:-1] if tokens and tokens[-1] == words.eos() else tokens
+
+    def text(self, tokens: List[int]) -> str:
+        """Of a target, as ``--post-process`` has it."""
+        words = self.task.target_dictionary
+        known = torch.tensor([token if token < len(words) else words.unk() for token in tokens], dtype=torch.long)
+        return words.string(known, self.cfg.common_eval.post_process)

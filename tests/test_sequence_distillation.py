@@ -1,0 +1,422 @@
+"""Training sets of a teacher's translations, against plain scripts over what fairseq-generate prints."""
+
+import math
+import random
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import torch
+from commands import PLUGIN, Forked, run
+from conftest import SIZES, TRAINING
+from corpus import preprocess
+from fairseq.data import Dictionary, indexed_dataset
+from test_foreign_tasks import base_dictionary, folder, made, sentences  # noqa: F401
+
+from kd_ext.sequences.choosing import Hypothesis, choose, failure_of, has_loop
+
+COMMAND = "kd_ext.sequence_distillation"
+FLAGS = ["--beam", "4", "--max-len-b", "12", "--max-tokens", "120", "--cpu"]
+
+
+def distilled(data, teacher, destdir, *flags):
+    log = destdir.parent / f"{destdir.name}.log"
+    return run(log, COMMAND, data, "--path", teacher, "--destdir", destdir, *FLAGS, *flags)
+
+
+def made_of(data, teacher, destdir, *flags):
+    result = distilled(data, teacher, destdir, *flags)
+    assert result.returncode == 0, result.output[-2000:]
+    return result
+
+
+def read(prefix, words):
+    """The sentences of one side of binarized data, as text."""
+    dataset = indexed_dataset.make_dataset(str(prefix), "mmap")
+    found = []
+    for i in range(len(dataset)):
+        tokens = dataset[i].tolist()
+        assert tokens[-1] == words.eos()
+        found.append(" ".join(words[token] for token in tokens[:-1]))
+    return found
+
+
+def both_sides(data, split="train"):
+    words = Dictionary.load(str(data / "dict.src.txt"))
+    return [read(data / f"{split}.src-tgt.{side}", words) for side in ("src", "tgt")]
+
+
+@pytest.fixture(scope="module")
+def n_best(data, teacher, tmp_path_factory):
+    """What fairseq-generate prints: of each sentence the hypotheses in order, as (score, text)."""
+    log = tmp_path_factory.mktemp("generate") / "log"
+    flags = [data, "--path", teacher, *PLUGIN, "--gen-subset", "train", "--nbest", "4", *FLAGS]
+    result = run(log, "fairseq-generate", *flags)
+    assert result.returncode == 0, result.output
+    found = defaultdict(list)
+    for line in result.output.splitlines():
+        if line.startswith("H-"):
+            number, score, text = line[2:].split("\t")
+            found[int(number)].append((float(score), text))
+    return [found[i] for i in range(len(found))]
+
+
+def plain_loop(words):
+    """By definition: some n-gram of 1 to 4 words, five times in a row."""
+    for n in range(1, 5):
+        for start in range(len(words) - 5 * n + 1):
+            if all(words[start : start + n] == words[start + k * n : start + k * n + n] for k in range(5)):
+                return True
+    return False
+
+
+def plain_failure(text, source, ratio=9.0, limit=12):
+    words, of_source = text.split(), source.split()
+    if not words:
+        return "empty"
+    if len(words) >= limit:
+        return "limit"
+    if plain_loop(words):
+        return "loop"
+    longer, shorter = max(len(words), len(of_source)), min(len(words), len(of_source))
+    return "ratio" if longer > ratio * shorter else ""
+
+
+@pytest.fixture(scope="module")
+def best(data, teacher, tmp_path_factory):
+    destdir = tmp_path_factory.mktemp("best") / "data"
+    return destdir, made_of(data, teacher, destdir)
+
+
+def test_best(data, best, n_best):
+    """The best hypothesis of each sentence, or the reference, in the order of the set."""
+    destdir, _ = best
+    sources, references = both_sides(data)
+    kinds = [plain_failure(hypotheses[0][1], source) for hypotheses, source in zip(n_best, sources)]
+    assert len({*kinds}) > 1
+    wanted = [ref if kind else h[0][1] for h, ref, kind in zip(n_best, references, kinds)]
+    assert both_sides(destdir) == [sources, wanted]
+    lines = (destdir / "failures.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[:2] for line in lines] == [[str(i), k] for i, k in enumerate(kinds) if k]
+    rows = [line.split("\t") for line in (destdir / "translations.tsv").read_text().splitlines()]
+    assert rows[0] == ["id", "score", "ratio", "choice", "reverse", "text"]
+    for i, row in enumerate(rows[1:]):
+        assert row[0] == str(i)
+        assert row[5] == wanted[i]
+        if not kinds[i]:
+            assert float(row[1]) == pytest.approx(n_best[i][0][0], abs=1e-3)
+            assert row[2] == f"{len(wanted[i].split()) / len(sources[i].split()):.2f}"
+
+
+def test_table(best, data, n_best):
+    _, result = best
+    sources, references = both_sides(data)
+    kinds = [plain_failure(hypotheses[0][1], source) for hypotheses, source in zip(n_best, sources)]
+    assert "| sentences | 300 |" in result.output
+    for kind, said in (("limit", "cut off at the length limit"), ("loop", "a loop of words")):
+        if kinds.count(kind):
+            assert f"| the reference instead: {said} | {kinds.count(kind)} |" in result.output
+    hypotheses = [h[0][1] for h in n_best]
+    for name, metric in (("BLEU", sacrebleu.corpus_bleu), ("chrF", sacrebleu.corpus_chrf)):
+        wanted = f"{metric(hypotheses, [references]).score:.1f}"
+        assert f"| {name} of the teacher against the references | {wanted} |" in result.output
+
+
+def test_the_rest_comes_along(best, data):
+    destdir, _ = best
+    for name in ("dict.src.txt", "dict.tgt.txt", "valid.src-tgt.src.bin", "test.src-tgt.tgt.idx"):
+        assert (destdir / name).read_bytes() == (data / name).read_bytes()
+    assert not Path(f"{destdir}.part").exists()
+
+
+def test_fairseq_trains_on_it(best, teacher, tmp_path):
+    destdir, _ = best
+    flags = [destdir, *TRAINING, "--arch", "transformer", *SIZES, "--max-update", "2", "--save-dir", tmp_path]
+    result = run(tmp_path / "log", "fairseq-train", *flags, "--criterion", "label_smoothed_cross_entropy")
+    assert result.returncode == 0, result.output
+
+
+@pytest.mark.parametrize("metric", ["chrf", "bleu"])
+def test_closest(data, teacher, n_best, tmp_path, metric):
+    made_of(data, teacher, tmp_path / "out", "--choose", "closest", "--closest-by", metric)
+    sources, references = both_sides(data)
+    score = {"chrf": sacrebleu.sentence_chrf, "bleu": sacrebleu.sentence_bleu}[metric]
+    wanted, places = [], []
+    for hypotheses, source, reference in zip(n_best, sources, references):
+        values = [score(text, [reference]).score for _, text in hypotheses]
+        places.append(values.index(max(values)))
+        text = hypotheses[places[-1]][1]
+        wanted.append(reference if plain_failure(text, source) else text)
+    assert len({*places}) == 4
+    assert both_sides(tmp_path / "out") == [sources, wanted]
+
+
+def test_all_with_references(data, teacher, n_best, tmp_path):
+    made_of(data, teacher, tmp_path / "out", "--choose", "all", "--with-references")
+    sources, references = both_sides(data)
+    pairs = []
+    for hypotheses, source, reference in zip(n_best, sources, references):
+        good = [text for _, text in hypotheses if not plain_failure(text, source)]
+        pairs += [(source, text) for text in good or [reference]]
+    pairs += zip(sources, references)
+    assert both_sides(tmp_path / "out") == [list(side) for side in zip(*pairs)]
+
+
+def test_drops_by_score(data, teacher, n_best, tmp_path):
+    sources, _ = both_sides(data)
+    good = [i for i, (h, s) in enumerate(zip(n_best, sources)) if not plain_failure(h[0][1], s)]
+    least = sorted(n_best[i][0][0] for i in good)[len(good) // 3] + 1e-4
+    made_of(data, teacher, tmp_path / "out", f"--min-score={least}")
+    kept = [i for i in range(len(sources)) if i not in good or n_best[i][0][0] >= least]
+    assert both_sides(tmp_path / "out")[0] == [sources[i] for i in kept]
+
+
+def test_drops_by_a_model_of_the_reverse_direction(data, teacher, n_best, train, tmp_path):
+    """Against log-probabilities of its own model, sentence by sentence, in float64."""
+    from fairseq import checkpoint_utils
+
+    flags = ["--criterion", "label_smoothed_cross_entropy", "--max-update", "30", "-s", "tgt", "-t", "src"]
+    assert train(tmp_path / "reverse", *flags).returncode == 0
+    path = tmp_path / "reverse" / "checkpoint_last.pt"
+    made_of(data, teacher, tmp_path / "out", "--rescore", path, "--drop-worst", "0.25")
+    sources, _ = both_sides(data)
+    words = Dictionary.load(str(data / "dict.src.txt"))
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    model.double().eval()
+    scores = {}
+    for i, (hypotheses, source) in enumerate(zip(n_best, sources)):
+        if plain_failure(hypotheses[0][1], source):
+            continue
+        asked, target = (words.encode_line(x, add_if_not_exist=False).long() for x in (hypotheses[0][1], source))
+        prev = torch.cat([target[-1:], target[:-1]])
+        with torch.no_grad():
+            output = model(asked[None], torch.tensor([len(asked)]), prev[None])
+            log_probs = model.get_normalized_probs(output, log_probs=True)[0]
+        scores[i] = log_probs.gather(1, target[:, None]).mean().item() / math.log(2)
+    worst = sorted(scores, key=scores.get)[: len(scores) // 4]
+    kept = [i for i in range(len(sources)) if i not in worst]
+    assert both_sides(tmp_path / "out")[0] == [sources[i] for i in kept]
+    rows = [line.split("\t") for line in (tmp_path / "out" / "translations.tsv").read_text().splitlines()[1:]]
+    for row in rows:
+        if row[4]:
+            assert float(row[4]) == pytest.approx(scores[int(row[0])], abs=1e-3)
+
+
+def contents(data):
+    return {path.name: path.read_bytes() for path in data.iterdir()}
+
+
+def test_two_processes_are_one(best, data, teacher, tmp_path):
+    made_of(data, teacher, tmp_path / "out", "--processes", "2")
+    assert contents(tmp_path / "out") == contents(best[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_started_again(best, data, teacher, tmp_path, seed):
+    """At random moments, with sampling's own seeds left aside: what comes out is what comes out of one start."""
+    rng, kills = random.Random(seed), 0
+    work = tmp_path / "out.part"
+
+    def lines():
+        return sum(path.read_bytes().count(b"\n") for path in work.glob("work-*")) if work.exists() else 0
+
+    flags = [data, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS]
+    for number in range(3):
+        enough, started = lines() + rng.randint(0, 5), time.time()
+        later = started + 3 + 4 * rng.random()
+        command = Forked(tmp_path / f"log{number}", COMMAND, *flags)
+        kills += command.is_killed_when(lambda enough=enough, later=later: lines() > enough or time.time() > later)
+        assert not (tmp_path / "out").exists() or command.wait().returncode == 0
+    if not (tmp_path / "out").exists():
+        result = distilled(data, teacher, tmp_path / "out")
+        assert result.returncode == 0, result.output
+    assert kills > 0
+    assert contents(tmp_path / "out") == contents(best[0])
+
+
+def test_sampling_does_not_depend_on_the_processes(data, teacher, tmp_path):
+    flags = ["--sampling", "--sampling-topk", "5", "--seed", "3"]
+    made_of(data, teacher, tmp_path / "one", *flags)
+    made_of(data, teacher, tmp_path / "two", *flags, "--processes", "2")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    made_of(data, teacher, tmp_path / "other", *flags[:-1], "4")
+    assert contents(tmp_path / "one") != contents(tmp_path / "other")
+
+
+def test_parts(data, teacher, tmp_path):
+    """Data in several folders gives as many."""
+    second = tmp_path / "second"
+    preprocess(tmp_path / "made", train=20)
+    shutil.copytree(tmp_path / "made" / "bin", second)
+    words = data / "dict.src.txt"
+    for side in ("src", "tgt"):
+        shutil.copy(words, second / f"dict.{side}.txt")
+    result = made_of(f"{data}:{second}", teacher, tmp_path / "out")
+    assert result.last_line == f"train with {tmp_path}/out/0:{tmp_path}/out/1"
+    assert both_sides(tmp_path / "out" / "1")[0] == both_sides(second)[0]
+    assert len(both_sides(tmp_path / "out" / "0")[0]) == 300
+
+
+@pytest.mark.parametrize("kind", ["m2m", "m2m replacing", "mbart", "mbart50", "mbart with bos", "multilingual langtok"])
+def test_teachers_of_other_tasks(kind, folder, tmp_path):  # noqa: F811
+    """Beam 1 against the model's own greedy choice, as its task begins and ends its translations."""
+    words, model = made(kind, tmp_path / "teacher.pt", folder)
+    plain = base_dictionary()
+    source, target = sentences(plain, count=6)
+    data = tmp_path / "data"
+    data.mkdir()
+    for language, side in (("hi", source), ("en", target)):
+        plain.save(str(data / f"dict.{language}.txt"))
+        builder = indexed_dataset.make_builder(str(data / f"train.hi-en.{language}.bin"), "mmap", len(plain))
+        for sentence in side:
+            builder.add_item(sentence.int())
+        builder.finalize(str(data / f"train.hi-en.{language}.idx"))
+    result = made_of(data, tmp_path / "teacher.pt", tmp_path / "out", "--beam", "1", "--choose", "all")
+    hi, en, b_hi, b_en = (words.index(x) for x in ("__hi__", "__en__", "[hi]", "[en]"))
+    found = read(tmp_path / "out" / "train.hi-en.en", plain)
+    failed = dict(line.split("\t")[:2] for line in (tmp_path / "out/failures.tsv").read_text().splitlines()[1:])
+    eos = words.eos()
+    for i, tokens in enumerate(source):
+        src = {
+            "m2m": [hi, *tokens.tolist()],
+            "m2m replacing": [*tokens.tolist()[:-1], hi],
+            "mbart": [*tokens.tolist(), b_hi],
+            "mbart50": [b_hi, *tokens.tolist()],
+            "mbart with bos": [words.bos(), *tokens.tolist(), b_hi],
+            "multilingual langtok": [*tokens.tolist()[:-1], en],
+        }[kind]
+        prev = {
+            "m2m": [eos, en],
+            "m2m replacing": [en],
+            "mbart": [b_en],
+            "mbart50": [eos, b_en],
+            "mbart with bos": [b_en, words.bos()],
+            "multilingual langtok": [en],
+        }[kind]
+        end, begin = b_en if kind.startswith("mbart") and kind != "mbart50" else eos, len(prev)
+        while len(prev) < begin + 14:
+            with torch.no_grad():
+                logits = model(torch.tensor([src]), torch.tensor([len(src)]), torch.tensor([prev]))[0][0, -1]
+            logits[words.pad()] = -float("inf")
+            if len(prev) == 1:
+                logits[end] = -float("inf")  # fairseq's --min-len 1
+            prev.append(int(logits.argmax()))
+            if prev[-1] == end:
+                break
+        body = prev[begin:]
+        if body and body[-1] == end:
+            body.pop()
+        if body and body[-1] == eos:
+            body.pop()
+        if str(i) in failed:
+            assert failed[str(i)] in ("limit", "loop", "words", "empty", "ratio")
+            assert found[i] == " ".join(plain[t] for t in target[i].tolist()[:-1])
+        else:
+            assert found[i] == " ".join(words[t] for t in body), result.output
+
+
+def test_tokens_at_the_head_of_targets_stay(folder, tmp_path):  # noqa: F811
+    """Text with M2M-100's tokens: each translation begins with that of its reference."""
+    words, _ = made("m2m", tmp_path / "teacher.pt", folder)
+    source, target = sentences(words, count=6)
+    data = tmp_path / "data"
+    data.mkdir()
+    heads = [words.index(x) for x in ("__en__", "__ta__")]
+    for language, side in (("src", source), ("tgt", target)):
+        words.save(str(data / f"dict.{language}.txt"))
+        builder = indexed_dataset.make_builder(str(data / f"train.src-tgt.{language}.bin"), "mmap", len(words))
+        for i, sentence in enumerate(side):
+            head = words.index("__hi__") if language == "src" else heads[i % 2]
+            builder.add_item(torch.tensor([head, *sentence.tolist()]).int())
+        builder.finalize(str(data / f"train.src-tgt.{language}.idx"))
+    made_of(data, tmp_path / "teacher.pt", tmp_path / "out", "--beam", "2")
+    found = read(tmp_path / "out" / "train.src-tgt.tgt", words)
+    assert [text.split()[0] for text in found] == ["__en__", "__ta__"] * 3
+
+
+def refused(data, teacher, destdir, *flags, command=distilled):
+    result = command(data, teacher, destdir, *flags)
+    assert result.returncode != 0, flags
+    assert result.last_line.startswith("kd_ext: error: "), result.output[-1500:]
+    assert "Traceback" not in result.output
+    return result.last_line
+
+
+def test_bad_usage(data, teacher, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "file").write_text("mine")
+    assert f"--destdir {there}" in refused(data, teacher, there)
+    assert (there / "file").read_text() == "mine"
+    assert "--destdir" in refused(data, teacher, data)
+    assert "holds the data" in refused(data, teacher, data.parent)
+    out = tmp_path / "out"
+    for flags, parts in {
+        ("--processes", "0"): ["--processes 0"],
+        ("--max-ratio", "0.5"): ["--max-ratio 0.5"],
+        ("--drop-worst", "0.1"): ["--drop-worst 0.1", "--rescore"],
+        ("--rescore", teacher): ["--rescore", "--drop-worst"],
+        ("--drop-worst", "1.5", "--rescore", teacher): ["--drop-worst 1.5"],
+        ("--rescore", teacher, "--drop-worst", "0.5"): [str(teacher), "from src to tgt"],
+        ("--subset", "no"): ["no"],
+        ("--task", "translation_lev"): ["--task translation_lev"],
+    }.items():
+        message = refused(data, teacher, out, *flags)
+        assert all(part in message for part in parts), message
+    assert "--path no.pt" in refused(data, "no.pt", out)
+    assert not out.exists()
+
+
+def test_a_teacher_of_other_words(data, tmp_path, train):
+    other = preprocess(tmp_path / "other", tagged=False)
+    flags = [other, *TRAINING, "--arch", "transformer", *SIZES, "--max-update", "1", "--save-dir", tmp_path / "t"]
+    result = run(tmp_path / "log", "fairseq-train", *flags, "--criterion", "label_smoothed_cross_entropy")
+    assert result.returncode == 0, result.output
+    message = refused(data, tmp_path / "t" / "checkpoint_last.pt", tmp_path / "out")
+    assert "--path" in message
+    assert "dictionary differs" in message
+
+
+def test_other_flags_than_it_was_begun_with(data, teacher, tmp_path):
+    command = Forked(tmp_path / "log", COMMAND, data, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS)
+    work = tmp_path / "out.part"
+    command.kill_when(lambda: any(path.stat().st_size for path in work.glob("work-*")))
+    message = refused(data, teacher, tmp_path / "out", "--lenpen", "0.5")
+    assert str(work) in message
+    assert "remove the folder" in message
+    made_of(data, teacher, tmp_path / "out")
+
+
+def test_failures():
+    """Random sequences, by definition."""
+    rng = random.Random(5)
+    found = set()
+    for _ in range(4000):
+        tokens = [rng.randint(4, 5 + rng.randint(0, 1)) for _ in range(rng.randint(0, 26))]
+        assert has_loop(tokens) == plain_loop(tokens), tokens
+        hypothesis = Hypothesis(tokens, 0.0, rng.random() < 0.05)
+        source_length = rng.randint(1, 30)
+        kind = failure_of(hypothesis, source_length, 3.0, 6)
+        found.add(kind)
+        longer, shorter = max(len(tokens), source_length), min(len(tokens), source_length)
+        wanted = [
+            ("empty", not tokens),
+            ("limit", hypothesis.at_limit),
+            ("loop", plain_loop(tokens)),
+            ("ratio", shorter > 0 and longer / shorter > 3.0),
+            ("words", any(token >= 6 for token in tokens)),
+            ("", True),
+        ]
+        assert kind == next(name for name, holds in wanted if holds)
+    assert found == {"empty", "limit", "loop", "ratio", "words", ""}
+
+
+def test_equals_are_the_earlier_one():
+    hypotheses = [Hypothesis([4 + i], -1.0 - i, False) for i in range(3)]
+    taken = choose(hypotheses, "closest", lambda tokens: 7.0 if tokens != [4] else 1.0, lambda h: "")
+    assert [(one.choice, one.failure) for one in taken] == [(2, "")]
+    taken = choose(hypotheses, "all", None, lambda h: "loop")
+    assert [(one.choice, one.failure) for one in taken] == [(1, "loop")]
