@@ -10,7 +10,8 @@ demo: .venv/ready
 
 # the same code with few updates: it shows that all works, not what is learned
 demo-short: .venv/ready
-	$(BIN)/python examples/demo/run.py --out demo-short --teacher-updates 60 --student-updates 40 --adapter-updates 20
+	$(BIN)/python examples/demo/run.py --out demo-short --teacher-updates 60 --student-updates 40 --adapter-updates 20 \
+		--sequence-beam 1
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, default=Path("demo-run"), help="its folder: %(default)s")
     commands = Commands(parser.parse_args().demo.resolve())
-    (full,) = (model for model in recipes.MODELS if model.name == "student-kd")
+    (full,) = (model for model in recipes.MODELS if model.name == "student-word")
     models = {"all words": full}
     for k in TOP_K:
         cache = ("--teacher-cache-dir", f"cache-{k}", "--teacher-cache-top-k", str(k))

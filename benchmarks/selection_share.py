@@ -48,7 +48,7 @@ def main() -> None:
         run.announce(commands.out, step)
         if step.name == recipes.TEACHER:
             break
-    (student,) = (model for model in recipes.MODELS if model.name == "student-kd")
+    (student,) = (model for model in recipes.MODELS if model.name == "student-word")
     rows = []
     for window, size in VARIANTS:
         flags = ("--kd-queue-window", window, "--kd-queue-size", str(size))

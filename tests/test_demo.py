@@ -205,28 +205,28 @@ def test_updates_are_read_off_the_log():
 
 
 def test_translations_are_scored_by_language():
-    output = (
-        "S-1\t__src__hi __tgt__en b\nD-1\t-0.1\tthe second one here\nD-0\t-0.1\tthe first one here\n"
-        "... | Translated 1,152 sentences (9,999 tokens) in 1.0s (1152.25 sentences/s, 9999.00 tokens/s)\n"
-    )
+    output = "S-1\t__src__hi __tgt__en b\nD-1\t-0.1\tthe second one here\nD-0\t-0.1\tthe first one here\n"
     pairs = [Pair("de", "a", "the first one here"), Pair("hi", "b", "a wholly other text")]
     result = scores.score(scores.hypotheses(output), pairs)
     assert result["scores"]["de"]["bleu"] == pytest.approx(100)
     assert result["scores"]["hi"]["bleu"] < 20
     assert result["scores"]["all"]["sentences"] == 2
     assert "tok:13a" in result["signatures"]["BLEU"]
-    table = scores.render({"m": {"parameters": 1234, "sentences_per_second": 1152.25, **result}})
-    assert "| m     | 1,234      |" in table
-    assert scores.sentences_per_second(output) == 1152.25
+    common = {"parameters": 1234, "bytes": 2_000_000}
+    faster = {"x": {**common, "speeds": {"1": 30.0, "32": 90.0}, **result}}
+    table = scores.render({"m": {**common, "speeds": {"1": 10.0, "32": 60.0}, **result}, **faster})
+    assert "| m     | 1,234      | 2.0 |" in table
+    assert "30 (3.0x)" in table
+    assert "90 (1.5x)" in table
 
 
 def test_a_model_of_one_language_has_its_scores_alone(tmp_path):
     pairs = [Pair("de", "a", "the first one here"), Pair("hi", "b", "a wholly other text")]
     texts = ["the first one here", "a wholly other text"]
-    common = {"parameters": 1000, "sentences_per_second": 2.0}
+    common = {"parameters": 1000, "bytes": 1_000_000, "speeds": {}}
     results = {"all": {**common, **scores.score(texts, pairs)}, "de": {**common, **scores.score(texts[:1], pairs[:1])}}
     assert results["de"]["scores"].keys() == {"de"}
-    assert scores.render(results).splitlines()[3].replace(" ", "") == "|de|1,000|||2|100.0/100.0||"
+    assert scores.render(results).splitlines()[3].replace(" ", "") == "|de|1,000|1.0|||||100.0/100.0||"
     figure.draw(results, tmp_path / "figure.png", "de")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "figure.tmp").exists()
@@ -240,3 +240,17 @@ def test_an_adapter_is_trained_on_its_language_and_its_base():
     assert f"pieces/{recipes.ADAPTED}.train" in recipes.preprocess(recipes.ADAPTED, adapter.data)
     assert [a for a, b in zip(command, command[1:]) if b == "1e-3"] == ["--lr"]
     assert command.index("1e-3") > command.index("3e-3")  # the later one counts
+
+
+def test_who_learns_from_the_teachers_translations():
+    for model in recipes.MODELS:
+        command = recipes.train(model, 5, model.name)
+        assert command[1] == ("data-sequence/data" if model.sequence else model.data)
+        assert model.after[0] == ("data-sequence" if model.sequence else model.data)
+    assert any(model.sequence and not model.reads for model in recipes.MODELS)
+    assert any(model.sequence and model.reads for model in recipes.MODELS)
+
+
+def test_sentences_are_read_off_a_progress_bar():
+    assert recipes.sentence_of("data.part:  17%|##   | 137/807 [00:03<00:16, 39.93sentence/s]") == 137
+    assert recipes.sentence_of("2026-01-01 | INFO | fairseq | loaded 807 examples") == -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -12,7 +13,12 @@ from pieces import MAX_PIECES
 USER_DIR = Path(__file__).resolve().parents[2] / "kd_ext"
 
 DATA = "data"
+# the teacher's translations of the training set
+SEQUENCE = "data-sequence"
 TEACHER = "teacher"
+# the student that is exported
+SERVED = "student-both"
+QUANTIZATIONS = ("float32", "int8")
 # the language that gets an adapter: the one with the second most test sentences
 ADAPTED = "de"
 CHECKPOINT = "checkpoint_last.pt"
@@ -25,8 +31,8 @@ _STUDENT_SIZE = (
     *("--encoder-embed-dim", "96", "--encoder-ffn-embed-dim", "384", "--encoder-layers", "2"),
     *("--decoder-embed-dim", "96", "--decoder-ffn-embed-dim", "384", "--decoder-layers", "1"),
 )
-# The translation's speed is in the table. On two threads, a core busy with something else for a moment
-# slows it tenfold or more: the threads wait for each other in every small product.
+# Speed is in the table. On two threads, a core busy with something else for a moment slows translation tenfold or
+# more: the threads wait for each other in every small product.
 TRANSLATION_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 _PLAIN = ("--criterion", "label_smoothed_cross_entropy")
@@ -46,7 +52,7 @@ _ADAPTER = (
     *("--encoder-add-adapters", "--encoder-adapter-ids", ADAPTED, "--encoder-train-adapter", ADAPTED),
     *("--decoder-add-adapters", "--decoder-adapter-ids", ADAPTED, "--decoder-train-adapter", ADAPTED),
     *("--adapter-activation-fn", "gelu", "--load-checkpoint-liberally"),
-    *("--finetune-from-model", f"student-kd/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50"),
+    *("--finetune-from-model", f"student-both/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50"),
 )
 
 
@@ -60,6 +66,7 @@ class Model:
         arguments: of fairseq-train, beside those that all models share
         reads: the models that its training reads
         language: the only one that it is trained and tested on; None: all
+        sequence: it learns from the teacher's translations in place of the references
     """
 
     name: str
@@ -67,11 +74,22 @@ class Model:
     arguments: Tuple[str, ...]
     reads: Tuple[str, ...] = ()
     language: Optional[str] = None
+    sequence: bool = False
 
     @property
     def data(self) -> str:
         """The folder of its binarized text."""
         return data_folder(self.language)
+
+    @property
+    def training_data(self) -> str:
+        """The folder of what it learns from."""
+        return f"{SEQUENCE}/data" if self.sequence else self.data
+
+    @property
+    def after(self) -> Tuple[str, ...]:
+        """The steps whose results its training reads."""
+        return (SEQUENCE if self.sequence else self.data, *self.reads)
 
 
 def data_folder(language: Optional[str]) -> str:
@@ -79,21 +97,25 @@ def data_folder(language: Optional[str]) -> str:
     return f"{DATA}-{language}" if language else DATA
 
 
+_STUDENT = ("--arch", "transformer", *_STUDENT_SIZE)
 MODELS = (
     Model(TEACHER, "teacher_updates", ("--arch", "transformer", *_TEACHER_SIZE, *_PLAIN)),
-    Model("student", "student_updates", ("--arch", "transformer", *_STUDENT_SIZE, *_PLAIN)),
-    Model("student-kd", "student_updates", ("--arch", "transformer", *_STUDENT_SIZE, *_DISTILLED), (TEACHER,)),
+    Model("student", "student_updates", (*_STUDENT, *_PLAIN)),
+    Model("student-word", "student_updates", (*_STUDENT, *_DISTILLED), (TEACHER,)),
+    Model("student-sequence", "student_updates", (*_STUDENT, *_PLAIN), sequence=True),
+    Model(SERVED, "student_updates", (*_STUDENT, *_DISTILLED), (TEACHER,), sequence=True),
     Model(
-        "compact-kd",
+        "compact-both",
         "student_updates",
         ("--arch", "transformer_ext", *_STUDENT_SIZE, *_COMPACT, *_DISTILLED),
         (TEACHER,),
+        sequence=True,
     ),
     Model(
-        f"student-kd+{ADAPTED}",
+        f"{SERVED}+{ADAPTED}",
         "adapter_updates",
         ("--arch", "transformer_adapter", *_STUDENT_SIZE, *_ADAPTER, *_PLAIN),
-        ("student-kd",),
+        (SERVED,),
         ADAPTED,
     ),
 )
@@ -117,7 +139,17 @@ def preprocess(language: Optional[str], folder: str) -> List[str]:
 def train(model: Model, updates: int, folder: str) -> List[str]:
     """Train `model`; run again in the same folder, it goes on from the newest checkpoint."""
     return [
-        *("fairseq-train", model.data, "--user-dir", str(USER_DIR), "--cpu", "--seed", "1", "--num-workers", "0"),
+        *(
+            "fairseq-train",
+            model.training_data,
+            "--user-dir",
+            str(USER_DIR),
+            "--cpu",
+            "--seed",
+            "1",
+            "--num-workers",
+            "0",
+        ),
         *("--share-all-embeddings", "--dropout", "0.1"),
         *("--encoder-normalize-before", "--decoder-normalize-before"),
         *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4"),
@@ -129,6 +161,41 @@ def train(model: Model, updates: int, folder: str) -> List[str]:
         *("--log-format", "json", "--log-interval", "10"),
         *model.arguments,  # last: they may say otherwise
     ]
+
+
+def translate_training_set(folder: str, beam: int) -> List[str]:
+    """Have the teacher translate the training set; its options are fairseq-generate's."""
+    return [
+        *("python", "-m", "kd_ext.sequence_distillation", DATA, "--path", f"{TEACHER}/{CHECKPOINT}", "--cpu"),
+        *("--beam", str(beam), "--max-len-b", str(2 * MAX_PIECES), "--processes", "2", "--destdir", f"{folder}/data"),
+        *("--post-process", "sentencepiece"),
+    ]
+
+
+def export(quantization: str, folder: str) -> List[str]:
+    """Write the served student as CTranslate2 reads it."""
+    return [
+        *("python", "-m", "kd_ext.export", f"{SERVED}/{CHECKPOINT}", f"{folder}/model", "--format", "ctranslate2"),
+        *("--quantization", quantization, "--data", DATA),
+    ]
+
+
+def measure_speeds(folder: str) -> List[str]:
+    """Translate some of the test set with every model that translates all languages, by turns."""
+    script = str(Path(__file__).resolve().parent / "speed.py")
+    models = [f"{model.name}={model.name}/{CHECKPOINT}" for model in MODELS if model.language is None]
+    models += [f"{served(quantization)}={exported(quantization)}/model" for quantization in QUANTIZATIONS]
+    return ["python", script, DATA, "pieces/test.src", str(USER_DIR), f"{folder}/speeds.json", *models]
+
+
+def served(quantization: str) -> str:
+    """The row of an exported student."""
+    return f"{SERVED}, CTranslate2 {quantization}"
+
+
+def exported(quantization: str) -> str:
+    """The folder of its step."""
+    return f"{SERVED}-{quantization}"
 
 
 def generate(model: Model) -> List[str]:
@@ -145,3 +212,9 @@ def update_of(line: str) -> int:
     """The number of updates that a line of fairseq-train's output tells of, or -1."""
     _, found, metrics = line.partition("| train_inner | ")
     return int(json.loads(metrics)["num_updates"]) if found else -1
+
+
+def sentence_of(line: str) -> int:
+    """The number of sentences that a progress bar's line tells of, or -1."""
+    found = re.search(r"\| (\d+)/\d+ \[", line)
+    return int(found[1]) if found else -1

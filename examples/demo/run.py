@@ -2,7 +2,7 @@
 
     python examples/demo/run.py
 
-takes about ten minutes of training on two cores, without a GPU, and ends with a table. Interrupted, it
+takes about fifteen minutes of training on two cores, without a GPU, and ends with a table. Interrupted, it
 carries on where it was when it is run again; with other options it does again what depends on them.
 A short form of the same, with models that have hardly begun to learn, takes about two minutes:
 
@@ -22,13 +22,16 @@ from typing import Any, Dict, List, Optional
 import figure
 import recipes
 import scores
-from catalogues import LANGUAGES, extract, read_pairs
+from catalogues import LANGUAGES, Pair, extract, read_pairs
 from cleaning import MAX_CHARACTERS
 from fetch import WHEELS, fetch
 from pieces import MAX_PIECES, TAGS, VOCABULARY, cut
 from running import Commands
+from served import Served
 from splitting import PERCENT, split
 from steps import DemoError, Step, run_step
+
+SPEEDS = "speeds"
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -38,7 +41,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         commands = Commands(options.out.resolve())
         for step in steps(commands, options):
             announce(commands.out, step)
-        results = {model.name: read_scores(commands.out, model) for model in recipes.MODELS}
+        results = read_results(commands.out)
         print("\n" + scores.write_results(commands.out, results), end="")
         figure.draw(results, commands.out / "results.png", recipes.ADAPTED)
     except DemoError as error:
@@ -62,6 +65,13 @@ def parse(arguments: Optional[List[str]]) -> argparse.Namespace:
             metavar="N",
             help=f"how long to train the {name}s: %(default)s",
         )
+    parser.add_argument(
+        "--sequence-beam",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of the teacher's translations of the training set: %(default)s",
+    )
     return parser.parse_args(arguments)
 
 
@@ -106,10 +116,20 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
                 model.name,
                 {"command": recipes.train(model, updates, model.name)},
                 partial(train, commands, model, updates),
-                after=(model.data, *model.reads),
+                after=model.after,
                 resumes=True,
             )
         )
+        if model.name == recipes.TEACHER:
+            done.append(
+                Step(
+                    recipes.SEQUENCE,
+                    {"command": recipes.translate_training_set(recipes.SEQUENCE, options.sequence_beam)},
+                    partial(translate_training_set, commands, options.sequence_beam),
+                    after=(recipes.DATA, recipes.TEACHER),
+                    resumes=True,
+                )
+            )
     for model in recipes.MODELS:
         done.append(
             Step(
@@ -119,6 +139,27 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
                 after=(model.data, model.name),
             )
         )
+    for quantization in recipes.QUANTIZATIONS:
+        name = recipes.exported(quantization)
+        done.append(
+            Step(
+                name,
+                {"command": recipes.export(quantization, name)},
+                partial(export, commands, quantization),
+                after=(recipes.SERVED, recipes.DATA),
+            )
+        )
+    done.append(
+        Step(
+            SPEEDS,
+            {"command": recipes.measure_speeds(SPEEDS), "environment": recipes.TRANSLATION_ENVIRONMENT},
+            partial(measure_speeds, commands),
+            after=tuple(
+                [model.name for model in recipes.MODELS if model.language is None]
+                + [recipes.exported(quantization) for quantization in recipes.QUANTIZATIONS]
+            ),
+        )
+    )
     return done
 
 
@@ -147,23 +188,51 @@ def train(commands: Commands, model: recipes.Model, updates: int, folder: Path) 
     commands.run(model.name, recipes.train(model, updates, folder.name), updates, recipes.update_of)
 
 
+def translate_training_set(commands: Commands, beam: int, folder: Path) -> None:
+    """Have the teacher translate the training set, from where an earlier start was."""
+    total = sum(1 for _ in (commands.out / "pieces" / "train.src").open(encoding="utf-8"))
+    command = recipes.translate_training_set(folder.name, beam)
+    # a process a core, as the command has them
+    environment = recipes.TRANSLATION_ENVIRONMENT
+    commands.run(recipes.SEQUENCE, command, total, recipes.sentence_of, environment)
+
+
 def translate(commands: Commands, model: recipes.Model, folder: Path) -> None:
     """Translate the test set and score it, into ``scores.json``."""
     name = f"{model.name}-translated"
     log = commands.log(name)
     log.unlink(missing_ok=True)  # the translations are read from it
-    test = f"{model.language}.test.tsv" if model.language else "test.tsv"
-    pairs = list(read_pairs(commands.out / "pieces" / test))
+    pairs = test_pairs(commands.out, model.language)
     commands.run(name, recipes.generate(model), len(pairs), Translated(), recipes.TRANSLATION_ENVIRONMENT)
-    output = log.read_text(encoding="utf-8")
+    checkpoint = commands.out / model.name / recipes.CHECKPOINT
     result: Dict[str, Any] = {
-        "parameters": scores.parameters(
-            commands.out / model.name / recipes.CHECKPOINT, commands.out / model.data, recipes.USER_DIR
-        ),
-        "sentences_per_second": scores.sentences_per_second(output),
-        **scores.score(scores.hypotheses(output), pairs),
+        "parameters": scores.parameters(checkpoint, commands.out / model.data, recipes.USER_DIR),
+        "bytes": checkpoint.stat().st_size,
+        **scores.score(scores.hypotheses(log.read_text(encoding="utf-8")), pairs),
     }
     (folder / "scores.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def export(commands: Commands, quantization: str, folder: Path) -> None:
+    """Export the served student, translate the test set with it and score it, into ``scores.json``."""
+    commands.run(f"export-{quantization}", recipes.export(quantization, folder.name))
+    lines = (commands.out / "pieces" / "test.src").read_text(encoding="utf-8").splitlines()
+    model = folder / "model"
+    result = {
+        "bytes": sum(path.stat().st_size for path in model.iterdir()),
+        **scores.score(Served(model)(lines), test_pairs(commands.out, None)),
+    }
+    (folder / "scores.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def measure_speeds(commands: Commands, folder: Path) -> None:
+    """Measure them, into ``speeds.json``."""
+    commands.run(SPEEDS, recipes.measure_speeds(folder.name), environment=recipes.TRANSLATION_ENVIRONMENT)
+
+
+def test_pairs(out: Path, language: Optional[str]) -> List[Pair]:
+    """The test set of a language, or of all."""
+    return list(read_pairs(out / "pieces" / (f"{language}.test.tsv" if language else "test.tsv")))
 
 
 class Translated:
@@ -177,9 +246,20 @@ class Translated:
         return self.count
 
 
-def read_scores(out: Path, model: recipes.Model) -> Dict[str, Any]:
-    """What :func:`translate` wrote."""
-    return json.loads((out / f"{model.name}-translated" / "scores.json").read_text(encoding="utf-8"))
+def read_results(out: Path) -> Dict[str, Dict[str, Any]]:
+    """What the steps wrote, by the rows of the table."""
+    speeds = json.loads((out / SPEEDS / "speeds.json").read_text(encoding="utf-8"))
+    folders = {model.name: f"{model.name}-translated" for model in recipes.MODELS}
+    folders.update(
+        {recipes.served(quantization): recipes.served(quantization) for quantization in recipes.QUANTIZATIONS}
+    )
+    results = {
+        name: json.loads((out / folder / "scores.json").read_text(encoding="utf-8")) for name, folder in folders.items()
+    }
+    for name, result in results.items():
+        result["speeds"] = speeds.get(name, {})
+        result.setdefault("parameters", results[recipes.SERVED]["parameters"])
+    return results
 
 
 if __name__ == "__main__":

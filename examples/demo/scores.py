@@ -13,7 +13,7 @@ from catalogues import Pair
 
 # fairseq 0.12.2's encoder layers hold these beside the parameters that they use, and never train them
 _DEAD = re.compile(r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
-_SPEED = re.compile(r"Translated [\d,]+ sentences .*\(([\d.]+) sentences/s")
+BATCHES = ("1", "32")
 
 
 def hypotheses(output: str) -> List[str]:
@@ -24,11 +24,6 @@ def hypotheses(output: str) -> List[str]:
             sentence, _, text = line.split("\t")
             found[int(sentence[2:])] = text
     return [found[index] for index in sorted(found)]
-
-
-def sentences_per_second(output: str) -> float:
-    """What fairseq-generate measured."""
-    return float(_SPEED.findall(output)[-1])
 
 
 def score(translations: List[str], pairs: List[Pair]) -> Dict[str, Any]:
@@ -68,14 +63,16 @@ def render(results: Dict[str, Dict[str, Any]]) -> str:
     """The results of each model, by its name, as Markdown that also reads well on a terminal."""
     first = next(iter(results.values()))
     languages = [language for language in first["scores"] if language != "all"]
-    head = ["model", "parameters", "BLEU", "chrF", "sentences/s"]
+    head = ["model", "parameters", "MB", "BLEU", "chrF", *(f"sentences/s, {size} at once" for size in BATCHES)]
     head += [f"{language} ({first['scores'][language]['sentences']})" for language in languages]
     rows = [head]
     for name, result in results.items():
         scores = result["scores"]
-        row = [name, f"{result['parameters']:,}"]
+        row = [name, f"{result['parameters']:,}", f"{result['bytes'] / 1e6:.1f}"]
         row += [f"{scores['all'][metric]:.1f}" if "all" in scores else "" for metric in ("bleu", "chrf")]
-        row += [f"{result['sentences_per_second']:.0f}"]
+        for size in BATCHES:
+            speed, of_first = result["speeds"].get(size), first["speeds"].get(size)
+            row.append(f"{speed:.0f} ({speed / of_first:.1f}x)" if speed and of_first else "")
         row += [
             f"{scores[language]['bleu']:.1f} / {scores[language]['chrf']:.1f}" if language in scores else ""
             for language in languages
@@ -86,7 +83,9 @@ def render(results: Dict[str, Dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines += [
         "",
-        f"To English, {first['scores']['all']['sentences']} test sentences, beam 5, on one CPU core.",
+        f"To English, {first['scores']['all']['sentences']} test sentences, beam 5, on one CPU core; "
+        "in parentheses the speed over the teacher's.",
+        "MB are of the file or folder that translates: fairseq's checkpoints have the optimizer's state in them.",
         "The last columns are BLEU / chrF by source language, with the number of sentences in parentheses: "
         "scores of few sentences vary.",
         "The parameters that fairseq 0.12.2's encoder layers hold but never use are not counted.",
