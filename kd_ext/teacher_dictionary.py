@@ -10,7 +10,6 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any, Optional, Sequence
 
-from fairseq import tasks
 from fairseq.data import Dictionary
 
 import kd_ext  # noqa: F401  lets fairseq's checkpoints be read
@@ -55,7 +54,7 @@ def read_dictionaries(source: Source, source_lang: Optional[str], target_lang: O
     kind = find_kind(source.path, state["cfg"].task, run)
     point_at_dictionaries(kind, settings, run)
     reading.let_go(state)
-    return kind.dictionaries(tasks.setup_task(kind.cfg))
+    return kind.dictionaries(kind.setup())
 
 
 def _check_is_dictionary(path: str) -> None:

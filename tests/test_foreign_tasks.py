@@ -367,6 +367,43 @@ def test_files_of_settings_that_are_elsewhere(folder, tmp_path):
     load_teacher(Source(str(moved), f"{{'lang_dict': '{there}/languages.txt'}}"), student_task(plain))
 
 
+def test_nllb(folder, tmp_path):
+    """Its own fairseq has marks of where data came from behind the languages, and settings that 0.12.2 has not."""
+    path = tmp_path / "teacher.pt"
+    made("m2m", path, folder)
+    state = torch.load(path, weights_only=False)
+    args = state["args"]
+    args.add_data_source_prefix_tags, args.enable_m2m_validation, args.finetune_dict_specs = True, False, None
+    marks = torch.randn(3, 16)
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight"):
+        state["model"][name] = torch.cat([state["model"][name], marks])
+    torch.save(state, path)
+    plain = base_dictionary()
+    source, target = sentences(plain)
+    batch = collate(plain, source, target)
+    real = Positions(batch["target"].ne(1))
+    found = load_teacher(Source(str(path)), student_task(plain)).probs(batch, real)
+    made("m2m", tmp_path / "plain.pt", folder)
+    wanted = load_teacher(Source(str(tmp_path / "plain.pt")), student_task(plain)).probs(batch, real)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_flags_that_came_later(folder, tmp_path):
+    """A file of M2M-100's first release has not all the flags of the task of today."""
+    path = tmp_path / "teacher.pt"
+    made("m2m", path, folder)
+    state = torch.load(path, weights_only=False)
+    plain = base_dictionary()
+    source, target = sentences(plain)
+    batch = collate(plain, source, target)
+    real = Positions(batch["target"].ne(1))
+    wanted = load_teacher(Source(str(path)), student_task(plain)).probs(batch, real)
+    for name in ("lang_tok_style", "langtoks_specs", "lang_tok_replacing_bos_eos", "fixed_dictionary", "langtoks"):
+        delattr(state["args"], name)
+    torch.save(state, path)
+    assert torch.equal(load_teacher(Source(str(path)), student_task(plain)).probs(batch, real), wanted)
+
+
 def test_language_ids_are_refused(folder, tmp_path):
     made("m2m", tmp_path / "teacher.pt", folder, enable_lang_ids=True)
     assert "--enable-lang-ids" in refused(tmp_path / "teacher.pt")

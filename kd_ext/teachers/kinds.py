@@ -1,10 +1,11 @@
 """The tasks whose models can teach: what each adds to the dictionaries, and how it has its model asked."""
 
 import os
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from typing import Any, List, NamedTuple, Optional, Tuple
 
-from fairseq import utils
+from fairseq import tasks, utils
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 from fairseq.tasks import TASK_REGISTRY
 from fairseq.tasks.translation import TranslationTask
@@ -15,6 +16,7 @@ from kd_ext.modules.input_format import BEGIN, EOS, HEAD, TAIL, InputFormat, Lan
 
 FLAG = "--teacher-checkpoint-path"
 SIDES = ("source_lang", "target_lang")
+_MARKS_OF_NLLB = ["<MINED_DATA>", "<MMT_BT_DATA>", "<SMT_BT_DATA>"]
 
 
 class Pair(NamedTuple):
@@ -42,6 +44,8 @@ class Kind:
     def __init__(self, path: str, cfg: Any, student_task: Any) -> None:
         self.path, self.cfg = path, cfg
         self._student = student_task.cfg
+        if isinstance(cfg, Namespace):
+            self._fill_in_defaults()
         self.pair = self._find_pair(student_task.cfg)
         self._find_files()
 
@@ -51,6 +55,15 @@ class Kind:
                 if side in self.cfg and getattr(self.cfg, side) is None:
                     setattr(self.cfg, side, getattr(student, side))
         return Pair(*(getattr(self.cfg, side, None) or getattr(student, side) for side in SIDES))
+
+    def _fill_in_defaults(self) -> None:
+        """Flags of the task that were not there when the teacher was trained."""
+        parser = ArgumentParser(allow_abbrev=False, add_help=False)
+        TASK_REGISTRY[self.cfg._name].add_args(parser)
+        defaults, _ = parser.parse_known_args([""])
+        for name, value in vars(defaults).items():
+            if not hasattr(self.cfg, name):
+                setattr(self.cfg, name, value)
 
     def _find_files(self) -> None:
         """Where a file of the task's settings is not where it was, it may be beside the checkpoint."""
@@ -79,6 +92,10 @@ class Kind:
         with editable(self.cfg):
             for side in SIDES:
                 setattr(self.cfg, side, getattr(self._student, side))
+
+    def setup(self) -> Any:
+        """The task."""
+        return tasks.setup_task(self.cfg)
 
     def appended_words(self, task: Any) -> List[str]:
         """What the task adds to its dictionaries."""
@@ -189,8 +206,19 @@ class MultiSimpleEpoch(Kind):
         specs, style = _words_of(self.cfg.langtoks_specs), self.cfg.lang_tok_style
         return [get_lang_tok(language, style, spec) for spec in specs for language in self.languages]
 
+    def setup(self):
+        task = super().setup()
+        for words in task.dicts.values():
+            for word in self._marks():
+                words.add_symbol(word)
+        return task
+
+    def _marks(self) -> List[str]:
+        """NLLB's own fairseq marks where data came from, behind the languages: no sentence here has them."""
+        return _MARKS_OF_NLLB if getattr(self.cfg, "add_data_source_prefix_tags", False) else []
+
     def appended_words(self, task):
-        return [*self._words(), "<mask>"]
+        return [*self._words(), "<mask>", *self._marks()]
 
     def input_format(self, task, student_task):
         specs = task.args.langtoks["main"]

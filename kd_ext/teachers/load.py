@@ -7,7 +7,7 @@ from argparse import Namespace
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
-from fairseq import tasks, utils
+from fairseq import utils
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.fingerprint import model_fingerprint
@@ -165,7 +165,7 @@ def _build(path: str, settings: Dict[str, Any], state: Dict[str, Any], student_t
     kind = find_kind(path, cfg.task, student_task)
     check.check_direction(kind, student_task)
     point_at_dictionaries(kind, settings, student_task)
-    task = tasks.setup_task(cfg.task)
+    task = kind.setup()
     compare_dictionaries(kind, task, student_task)
     check_recorded(kind, task, state)
     identity = _identity_of_one(state, kind)
