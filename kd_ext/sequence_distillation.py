@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 import kd_ext  # noqa: F401  lets fairseq's checkpoints be read
 from kd_ext.errors import ConfigError
-from kd_ext.files.folder_lock import hold
 from kd_ext.sequences.choosing import CHOICES, CLOSENESS
 from kd_ext.sequences.result import Result, check_sets
 from kd_ext.sequences.work import Work
-from kd_ext.sequences.work_files import WorkFiles
+from kd_ext.sequences.work_files import WorkFiles, take
 from kd_ext.upstream.command_line import list_alone
 
 _OWN = ("destdir", "subset", "processes", "choose", "closest-by", "with-references", "max-ratio", "min-score")
@@ -82,8 +81,11 @@ def _make(arguments: List[str], args: argparse.Namespace, part: int, place: str)
     work = Work(convert_namespace_to_omegaconf(args), args, part)
     check_sets(work)
     being_made = f"{place}.part"
+    take(being_made)
+    if os.path.lexists(place):  # another start has ended in the meantime
+        shutil.rmtree(being_made)
+        raise ConfigError(f"--destdir {place}: is there; name a folder that is not, or remove it")
     files = WorkFiles(being_made, work.manifest())
-    hold(being_made, "--destdir")
     done = {number for number, _ in files.lines()}
     sentences = sum(len(work.batches[number]) for number in done)
     if done:
@@ -103,7 +105,7 @@ def _translate(
     context = multiprocessing.get_context("spawn")
     counter = context.Value("l", sentences)
     others = [
-        context.Process(target=_help, args=(arguments, part, i, sorted(done), counter))
+        context.Process(target=_help, args=(arguments, part, i, sorted(done), counter, os.getpid()))
         for i in range(1, args.processes)
     ]
     for process in others:
@@ -128,8 +130,8 @@ def _translate(
         raise ConfigError(f"--processes {args.processes}: one of them failed; run the command again to go on")
 
 
-def _help(arguments: List[str], part: int, index: int, done: List[int], counter: Any) -> None:
-    """What a process but the first does; an error of it is said as any other."""
+def _help(arguments: List[str], part: int, index: int, done: List[int], counter: Any, parent: int) -> None:
+    """What a process but the first does, while that is there; an error of it is said as any other."""
     try:
         args = parse(arguments)
         work = Work(convert_namespace_to_omegaconf(args), args, part)
@@ -138,6 +140,8 @@ def _help(arguments: List[str], part: int, index: int, done: List[int], counter:
             writer.write(number, content)
             with counter.get_lock():
                 counter.value += len(content)
+            if os.getppid() != parent:  # it was killed
+                sys.exit(1)
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

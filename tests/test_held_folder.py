@@ -57,7 +57,7 @@ def assert_goes_on(process):
 
 def refusal(folder):
     return (
-        rf"kd_ext: error: --save-dir {folder}: a run is training there \(process \d+ on .*\); wait for its end, or .*"
+        rf"kd_ext: error: --save-dir {folder}: a run is at work there \(process \d+ on .*\); wait for its end, or .*"
     )
 
 
@@ -124,7 +124,7 @@ def another(tmp_path):
 
 def test_the_lock_ends_with_its_process(another, tmp_path):
     holder = another.stdout.readline().strip()
-    with pytest.raises(ConfigError, match=rf"--save-dir {tmp_path}: a run is training there \(process {holder} on "):
+    with pytest.raises(ConfigError, match=rf"--save-dir {tmp_path}: a run is at work there \(process {holder} on "):
         folder_lock.hold(str(tmp_path), "--save-dir")
     another.kill()
     another.wait()

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -420,3 +421,36 @@ def test_equals_are_the_earlier_one():
     assert [(one.choice, one.failure) for one in taken] == [(2, "")]
     taken = choose(hypotheses, "all", None, lambda h: "loop")
     assert [(one.choice, one.failure) for one in taken] == [(1, "loop")]
+
+
+def test_a_folder_of_somebody_elses(data, teacher, tmp_path):
+    """What the work would be put into, and then removed, is not this command's."""
+    work = tmp_path / "out.part"
+    work.mkdir()
+    (work / "mine").write_text("mine")
+    assert str(work) in refused(data, teacher, tmp_path / "out")
+    assert (work / "mine").read_text() == "mine"
+
+
+def test_two_starts_at_once(data, teacher, tmp_path):
+    first = Forked(tmp_path / "log", COMMAND, data, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS)
+    while not list((tmp_path / "out.part").glob("work-*")):
+        time.sleep(0.01)
+    second = distilled(data, teacher, tmp_path / "out")
+    assert first.wait().returncode == 0
+    assert second.returncode == 0 or "at work there" in second.last_line or "is there" in second.last_line
+
+
+def test_an_ensemble(data, teacher, student, tmp_path):
+    """Against fairseq-generate with both."""
+    both = f"{teacher}:{student}"
+    flags = [data, "--path", both, *PLUGIN, "--gen-subset", "train", *FLAGS]
+    result = run(tmp_path / "log", "fairseq-generate", *flags)
+    assert result.returncode == 0, result.output
+    texts = dict(re.findall(r"^H-(\d+)\t\S+\t(.*)$", result.output, re.MULTILINE))
+    made_of(data, both, tmp_path / "out", "--max-ratio", "1000")
+    sources, references = both_sides(data)
+    wanted = []
+    for i, (source, reference) in enumerate(zip(sources, references)):
+        wanted.append(reference if plain_failure(texts[str(i)], source, 1000) else texts[str(i)])
+    assert both_sides(tmp_path / "out") == [sources, wanted]

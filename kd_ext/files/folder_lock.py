@@ -46,7 +46,7 @@ def hold(folder: str, flag: str) -> None:
         if error.errno not in _HELD_BY_ANOTHER:
             return _warn(folder, flag, error)
         raise ConfigError(
-            f"{flag} {folder}: a run is training there{f' ({holder})' if holder else ''}; wait for its end, or name "
+            f"{flag} {folder}: a run is at work there{f' ({holder})' if holder else ''}; wait for its end, or name "
             "another folder"
         ) from None
     while _held:

@@ -6,16 +6,33 @@ import os
 from typing import Any, Dict, Iterator, Set, Tuple
 
 from kd_ext.errors import ConfigError
-from kd_ext.files.writing import written_whole
+from kd_ext.files.folder_lock import NAME, hold
+from kd_ext.files.writing import PART, written_whole
 
 _MANIFEST = "manifest.json"
+
+
+def take(folder: str) -> None:
+    """Make a folder for work, or take one where work was begun, for this process alone.
+
+    Raises:
+        ConfigError: something else is in it, or another process works there
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        there = set(os.listdir(folder))
+    except OSError as error:
+        raise ConfigError(f"--destdir: {folder} cannot be made: {error.strerror}; name another folder") from error
+    if _MANIFEST not in there and there - {NAME, _MANIFEST + PART}:
+        raise ConfigError(f"--destdir: {folder} is there, and this command did not make it; name another folder")
+    hold(folder, "--destdir")
 
 
 class WorkFiles:
     """A folder of lines, one a batch, each in one piece or not at all; every process has a file of its own.
 
     Args:
-        folder: it is made if it is not there
+        folder: one that :func:`take` has taken
         manifest: what the work is; it must be what was begun there
 
     Raises:
@@ -24,7 +41,6 @@ class WorkFiles:
 
     def __init__(self, folder: str, manifest: Dict[str, Any]) -> None:
         self.folder = folder
-        os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, _MANIFEST)
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
