@@ -22,6 +22,8 @@ from kd_ext.errors import ConfigError
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
 from kd_ext.upstream.command_line import list_alone
 
+logger = logging.getLogger("kd_ext.teacher_cache")  # as __main__ too
+
 TASK = "translation_with_kd"
 
 
@@ -38,7 +40,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     done = context.Value("l", 0)
     filling = _fill(args, 0, done)
     total = next(filling)  # the files are there now, and everything is checked
-    others = [context.Process(target=_work, args=(arguments, i, done)) for i in range(1, args.processes)]
+    loaders = multiprocessing.get_start_method()
+    others = [context.Process(target=_work, args=(arguments, i, done, loaders)) for i in range(1, args.processes)]
     for process in others:
         process.start()
     try:
@@ -53,6 +56,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
             process.terminate()
     if any(process.exitcode != 0 for process in others):
         raise ConfigError(f"--processes {args.processes}: one of them failed; run the command again to go on")
+    logger.info("%s: %d sentences are there", args.teacher_cache_dir, done.value)
 
 
 def _parse(arguments: List[str]) -> argparse.Namespace:
@@ -78,9 +82,12 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
     return args
 
 
-def _work(arguments: List[str], index: int, done: Any) -> None:
+def _work(arguments: List[str], index: int, done: Any, loaders: str) -> None:
     """What a process but the first does; an error of it is said as any other."""
     try:
+        # Those that load batches are started as the first process's are. A spawned process would spawn them: each of
+        # them imports all of fairseq, whose locks it leaves behind when it is ended.
+        multiprocessing.set_start_method(loaders, force=True)
         for _ in _fill(_parse(arguments), index, done):
             pass
     except Exception:

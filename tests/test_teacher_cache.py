@@ -111,6 +111,7 @@ def test_filled_beforehand(cache, fill, train, data, teacher, tmp_path):
     result = as_typed(*command)
     assert result.returncode == 0, result.output[-2000:]
     assert "300/300" in result.output
+    assert result.last_line.endswith("two: 300 sentences are there")  # not that locks were left behind
     for name in ("words", "probs"):
         first, second = np.load(cache / f"{name}.npy"), np.load(tmp_path / f"two/{name}.npy")
         assert np.array_equal(first, second)
