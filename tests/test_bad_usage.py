@@ -10,6 +10,8 @@ from commands import PLUGIN, run
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
 from corpus import preprocess
 
+from kd_ext.files import trained_with
+
 
 def assert_refused(result, save_dir, *parts):
     assert result.returncode != 0
@@ -232,15 +234,36 @@ def test_other_dictionaries(train, teacher, data, tmp_path, change, parts):
 
 def test_dictionaries_not_found(train, teacher, data, tmp_path):
     state = load(teacher)
-    state["cfg"]["task"]["data"] = "/nowhere/bin"
+    state["cfg"]["task"].update(data="/nowhere/bin", source_lang="de", target_lang="en")
     path = tmp_path / "moved.file"
     torch.save(state, path)
     flags = [*KD, "--teacher-checkpoint-path", path]
-    assert_refused(train(tmp_path, *flags), tmp_path, path, "dict.src.txt", "/nowhere/bin", "--teacher-model-overrides")
+    said = [path, "dict.de.txt", tmp_path, "/nowhere/bin", data, "--teacher-model-overrides"]
+    assert_refused(train(tmp_path, *flags), tmp_path, *said)
     wrong = train(tmp_path, *flags, "--teacher-model-overrides", "{'data': '/elsewhere'}")
-    assert_refused(wrong, tmp_path, path, "dict.src.txt", "/elsewhere")
-    named = train(tmp_path / "ok", *flags, "--teacher-model-overrides", f"{{'data': '{data}'}}", "--max-update", "1")
+    assert_refused(wrong, tmp_path, path, "dict.de.txt", "/elsewhere")
+    assert str(data) not in wrong.last_line
+    overrides = {"data": str(data), "source_lang": "src", "target_lang": "tgt"}
+    named = train(tmp_path / "ok", *flags, "--teacher-model-overrides", overrides, "--max-update", "1")
     assert named.returncode == 0, named.output
+
+
+@pytest.mark.parametrize("change", ["none", "another word"])
+def test_dictionaries_that_are_the_students_alone(train, teacher, data, tmp_path, change):
+    """Of a teacher that was trained with a relative DATA, from another folder; its record says whether they are its."""
+    state = load(teacher)
+    state["cfg"]["task"]["data"] = "data-bin"
+    if change != "none":
+        state["extra_state"][trained_with.KEY]["source dictionary"] = "that of other words"
+    path = tmp_path / "moved.file"
+    torch.save(state, path)
+    result = train(tmp_path / "student", *KD, "--teacher-checkpoint-path", path, "--max-update", "1")
+    if change != "none":
+        said = ["the source dictionary", data, "not the one that it was trained with"]
+        assert_refused(result, tmp_path / "student", path, *said)
+    else:
+        assert result.returncode == 0, result.output
+        assert f"in {tmp_path} or data-bin; taken to be those of the student, in {data}" in result.output
 
 
 def test_no_language_tag_in_the_dictionary(tmp_path, teacher):
