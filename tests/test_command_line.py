@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from commands import PLUGIN, run
+from commands import PLUGIN, run, run_as_typed
 
 OURS = ["--kd-strategy", "--teacher-checkpoint-path", "--teacher-cache-dir", "--alpha", "--kd-rate", "--kd-temperature"]
 OURS += ["--encoder-add-adapters", "--decoder-train-adapter", "--adapter-activation-fn", "--load-checkpoint-liberally"]
@@ -103,3 +103,71 @@ def test_without_an_architecture(tmp_path, flags):
     assert result.returncode == 2
     assert result.last_line.startswith("kd_ext: error: --arch is missing: ")
     assert "Traceback" not in result.output
+
+
+TRAIN = "--optimizer adam --lr 0.01 --cpu --criterion cross_entropy"
+# what fairseq itself raises, from where a model is built, a batch is made or a command begins
+OF_FAIRSEQ = {
+    f"fairseq-train {TRAIN} --max-tokens 200 --arch transformer --share-all-embeddings": (
+        "--share-all-embeddings requires a joined dictionary; ",
+        "fairseq-preprocess --joined-dictionary",
+    ),
+    f"fairseq-train {TRAIN} --max-tokens 200 --arch transformer_ext --share-all-embeddings": (
+        "--share-all-embeddings requires a joined dictionary; ",
+        "fairseq-preprocess --joined-dictionary",
+    ),
+    f"fairseq-train {TRAIN} --max-tokens 200 --arch lstm --share-all-embeddings": (
+        "--share-all-embeddings requires a joint dictionary; ",
+        "fairseq-preprocess --joined-dictionary",
+    ),
+    f"fairseq-train {TRAIN} --max-tokens 200 --arch lstm --encoder-layers 2": ("--encoder-layers must match", "layers"),
+    f"fairseq-train {TRAIN} --arch transformer": ("Must specify batch size", "--batch-size"),
+    "fairseq-generate --cpu": ("--path required", "generation!"),
+}
+
+
+@pytest.fixture(scope="module")
+def separate(corpus, tmp_path_factory):
+    """The corpus with a dictionary for each side."""
+    folder = tmp_path_factory.mktemp("separate")
+    pref = [f"--{split}pref={corpus}/raw/{split}" for split in ("train", "valid")]
+    flags = ["-s", "src", "-t", "tgt", *pref, "--destdir", folder]
+    assert run_as_typed("fairseq-preprocess", *flags).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("typed", OF_FAIRSEQ)
+def test_what_fairseq_says_of_its_flags_is_one_line(separate, tmp_path, typed):
+    name, *flags = typed.split()
+    save = ["--save-dir", tmp_path] if name == "fairseq-train" else []
+    result = run(tmp_path / "log", name, separate, *PLUGIN, *flags, *save)
+    assert result.returncode != 0
+    assert "Traceback" not in result.output
+    begin, end = OF_FAIRSEQ[typed]
+    assert result.last_line.startswith(f"kd_ext: error: {begin}")
+    assert end in result.last_line
+
+
+IN_A_WORKER = """
+import torch.multiprocessing, kd_ext
+from fairseq import utils
+def work(rank):
+    {0}
+torch.multiprocessing.start_processes(work, nprocs=1, start_method="fork")
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ("utils.get_activation_fn('x')", "kd_ext: error: --activation-fn x not supported"),
+        ("raise ValueError('of --somebody else')", "ValueError: of --somebody else"),  # not by fairseq
+    ],
+)
+@pytest.mark.parametrize("where", ["worker", "process"])
+def test_what_fairseq_raises(raised, expected, where):
+    code = IN_A_WORKER.format(raised) if where == "worker" else f"import kd_ext\nfrom fairseq import utils\n{raised}"
+    result = run_as_typed("python", "-c", code)
+    assert result.returncode == 1
+    assert result.last_line == expected
+    assert ("Traceback" in result.output) == expected.startswith("ValueError")

@@ -15,7 +15,8 @@ def apply() -> None:
     """Print an uncaught :class:`ConfigError` as a line; leave every other exception to who printed it before.
 
     Also one that was caught and raised as another: fairseq's trainer (0.12.2) turns whatever a model's
-    ``load_state_dict`` raises into a plain ``Exception``. Also a ``???`` of a recipe that was given no value.
+    ``load_state_dict`` raises into a plain ``Exception``. Also a ``???`` of a recipe that was given no value, and what
+    fairseq itself has against its flags: an error of one line that names one of them.
 
     hydra-core 1.0 catches every error and reports it itself, without this hook up to Python 3.9, and from 3.10 on
     with a TypeError of its own (``print_exception`` has no ``etype`` there). Its own switch turns that off.
@@ -36,6 +37,17 @@ def apply() -> None:
     sys.excepthook = excepthook
 
 
+_OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]")
+# what a flag's value or a model's settings are refused by
+_KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError)
+_AT_ITS_END = re.compile(  # of a traceback as text: the last frame, and what was raised there
+    r'File "[^"]*[\\/](?:fairseq|fairseq_cli)[\\/][^"]*", line \d+, in \w+\n(?:    .*\n)*'
+    rf"(?:{'|'.join(kind.__name__ for kind in _KINDS)}): (.*)\s*$"
+)
+_REMEDIES = {  # by what fairseq says
+    r"requires a join(ed|t) dictionary": "source and target have other words: preprocess the data, and the teacher's, "
+    "by fairseq-preprocess --joined-dictionary, or leave the flag out",
+}
 _DO_NOT_FIT = "Cannot load model parameters from checkpoint"  # how the trainer's Exception begins
 
 
@@ -47,7 +59,10 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
             return str(error)
         if isinstance(error, ProcessRaisedException):  # of a worker that fairseq started: its traceback is the text
             lines = re.findall(rf"^{ConfigError.__module__}\.{ConfigError.__name__}: (.*)", str(error), re.MULTILINE)
-            return lines[-1] if lines else None  # the last was raised from those before
+            if lines:
+                return lines[-1]  # it was raised from those before
+            at_its_end = _AT_ITS_END.search(str(error))
+            return _about_a_flag(at_its_end[1]) if at_its_end else None
         if isinstance(error, MissingMandatoryValue):
             return f"{str(error).splitlines()[0]}; the recipe leaves it open (???): name it on the command line"
         error = error.__cause__ or error.__context__
@@ -56,4 +71,22 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
         said = " ".join(str(reason).split())[:400]
         remedy = "give the flags of the model that it was trained with, or another checkpoint"
         return f"{outermost} ({type(reason).__name__}: {said}); {remedy}"
-    return None
+    return _of_fairseq(outermost)
+
+
+def _of_fairseq(error: Optional[BaseException]) -> Optional[str]:
+    """What fairseq says of a flag of its own."""
+    if not isinstance(error, _KINDS) or error.__traceback__ is None:
+        return None
+    frames = error.__traceback__
+    while frames.tb_next is not None:
+        frames = frames.tb_next
+    package = frames.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return _about_a_flag(str(error)) if package in ("fairseq", "fairseq_cli") else None
+
+
+def _about_a_flag(said: str) -> Optional[str]:
+    if "\n" in said.strip() or not _OF_A_FLAG.search(said):
+        return None
+    remedies = [remedy for what, remedy in _REMEDIES.items() if re.search(what, said)]
+    return "; ".join([" ".join(said.split()).rstrip("."), *remedies])
