@@ -15,7 +15,10 @@ def main() -> None:
     assert result.returncode == 0, result.output
     assert_translated(result.output)
     import kd_ext
+    from kd_ext import recipes
 
+    assert recipes.folder() == Path(kd_ext.__file__).resolve().parent / "configs", recipes.folder()
+    assert (recipes.folder() / "word_level.yaml").is_file()
     print(f"trained, distilled and translated with {kd_ext.__file__}")
 
 

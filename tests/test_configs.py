@@ -1,6 +1,9 @@
 """Each recipe in configs/, run by fairseq-hydra-train with overrides on the command line."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 from commands import ROOT, run, run_as_typed
@@ -101,6 +104,19 @@ def test_a_student_of_hydra_translates(hydra_train, of_checkpoints, data, tmp_pa
     result = run(tmp_path / "log", "fairseq-generate", *flags, "--activate-decoder-adapter", "hi")
     assert result.returncode == 0, result.output
     assert len(hypotheses(result.output)) == 20
+
+
+def test_where_the_recipes_are(tmp_path):
+    """As docs/hydra.md has it, in any folder. In a checkout; tests/check_installed.py looks into a package."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kd_ext.recipes"],
+        cwd=str(tmp_path),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{ROOT / 'configs'}\n"
 
 
 def test_sanity_validation(hydra_train):

@@ -29,8 +29,26 @@ OTHERS = {"--editable", "--list", "--bare", "--config-dir", "--config-name"}  # 
 
 
 def text(page) -> str:
-    """Without lines about flags that are not there."""
-    return "".join(line for line in page.read_text().splitlines(True) if "no such flag" not in line)
+    """Without lines about flags that are not there, and without what is said of another project's."""
+    lines = page.read_text().splitlines(True)
+    if page.stem == "coming-from-the-fork":
+        lines = of_this_project(lines)
+    return "".join(line for line in lines if "no such flag" not in line)
+
+
+def of_this_project(lines):
+    """Of tables the column "here" alone; of commands those that load the plugin."""
+    here = None
+    for line in lines:
+        cells = line.split(" | ")
+        if line.startswith("| ") and (here is None or "| here |" in line):
+            here = cells.index("here") if "here" in cells else None
+        if not line.startswith("|"):
+            here = None
+            if not line.startswith("fairseq-") or "--user-dir kd_ext" in line:
+                yield re.sub(r"^- the (first|second) .*", "", line)
+        elif here is not None:
+            yield f"{cells[here]}\n" if here < len(cells) else line
 
 
 def prose(page) -> str:
