@@ -10,9 +10,10 @@ from conftest import KD
 from corpus import WORDS, sentence_pairs
 from fairseq import tasks
 from fairseq.data import AppendTokenDataset, Dictionary, LanguagePairDataset, ListDataset, PrependTokenDataset
-from fairseq.models import ARCH_CONFIG_REGISTRY
+from fairseq.models import ARCH_CONFIG_REGISTRY, BaseFairseqModel
 from test_bad_usage import assert_refused
 
+from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.errors import ConfigError
 from kd_ext.modules.positions import Positions
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
@@ -224,6 +225,44 @@ def test_is_asked_as_its_own_task_asks(kind, folder, tmp_path):
     rows = [logits[i, extra : extra + len(target[order[i]])] for i in range(len(order))]
     wanted = torch.cat(rows)[:, : len(plain)].softmax(1)
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+
+
+class InItsOwnFormat(BaseFairseqModel):
+    """A student with a teacher's weights, which lays out a batch as the teacher's task does, by upstream's datasets."""
+
+    def __init__(self, model, words, student_words, source, target, layout):
+        super().__init__()
+        self.model = model
+        self._words, self._layout, self._vocabulary = words, layout, len(student_words)
+        self._source, self._target = source, target
+
+    def forward(self, src_tokens, src_lengths, prev_output_tokens):
+        theirs = own_batch(self._words, self._source, self._target, self._layout)
+        logits = self.model(**theirs["net_input"])[0][theirs["id"].argsort()]
+        extra = int(self._layout.get("target_place") == "head") + int("bos" in self._layout)
+        return logits[:, extra : extra + prev_output_tokens.size(1), : self._vocabulary], None
+
+    def get_normalized_probs(self, net_output, log_probs, sample=None):
+        return net_output[0].float().log_softmax(2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_in_its_own_format(kind, folder, tmp_path, temperature):
+    words, model = made(kind, tmp_path / "teacher.pt", folder)
+    plain = base_dictionary()
+    task = student_task(plain)
+    task.load_teacher = lambda _: load_teacher(Source(str(tmp_path / "teacher.pt")), task)
+    source, target = sentences(plain)
+    batch = collate(plain, source, target)
+    order = batch["id"].tolist()
+    layout = layout_of(kind, words)
+    student = InItsOwnFormat(model, words, plain, [source[i] for i in order], [target[i] for i in order], layout)
+    criterion = LabelSmoothedCrossEntropyWithKD(task, False, 0.1, kd_temperature=temperature)
+    criterion.train()
+    student.train()
+    _, _, logged = criterion(student, batch)
+    assert logged["kd_tokens"] == sum(map(len, target))
+    assert abs(float(logged["kd_kl"])) / logged["kd_tokens"] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["m2m", "m2m by target", "m2m decoder alone", "mbart50"], indirect=False)

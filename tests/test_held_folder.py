@@ -56,9 +56,7 @@ def assert_goes_on(process):
 
 
 def refusal(folder):
-    return (
-        rf"kd_ext: error: --save-dir {folder}: a run is at work there \(process \d+ on .*\); wait for its end, or .*"
-    )
+    return rf"kd_ext: error: --save-dir {folder}: a run is at work there \(process \d+ on .*\); wait for its end, or .*"
 
 
 def test_a_second_start_touches_nothing(live, train, data, tmp_path):
