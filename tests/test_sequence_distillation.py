@@ -4,6 +4,8 @@ import math
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 import torch
-from commands import PLUGIN, Forked, run
+from commands import ENVIRONMENT, PLUGIN, Forked, run
 from conftest import SIZES, TRAINING
 from corpus import preprocess
 from fairseq.data import Dictionary, indexed_dataset
@@ -454,3 +456,24 @@ def test_an_ensemble(data, teacher, student, tmp_path):
     for i, (source, reference) in enumerate(zip(sources, references)):
         wanted.append(reference if plain_failure(texts[str(i)], source, 1000) else texts[str(i)])
     assert both_sides(tmp_path / "out") == [sources, wanted]
+
+
+@pytest.mark.parametrize("room", [400, 3_000, 6_000])
+def test_a_disk_that_fills_up(best, data, teacher, tmp_path, room):
+    """In one line, and the same command goes on when there is room."""
+    flags = [data, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS]
+    start = f"import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))"
+    start += "; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from kd_ext.sequence_distillation import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", start, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout
+    assert "cannot be written" in done.stdout.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    made_of(data, teacher, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(best[0])
