@@ -458,7 +458,7 @@ def test_an_ensemble(data, teacher, student, tmp_path):
     assert both_sides(tmp_path / "out") == [sources, wanted]
 
 
-@pytest.mark.parametrize("room", [400, 3_000, 6_000])
+@pytest.mark.parametrize("room", [400, 4_200, 6_000])
 def test_a_disk_that_fills_up(best, data, teacher, tmp_path, room):
     """In one line, and the same command goes on when there is room."""
     flags = [data, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS]
