@@ -35,7 +35,7 @@ _STUDENT_SIZE = (
 # more: the threads wait for each other in every small product.
 TRANSLATION_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
-_PLAIN = ("--criterion", "label_smoothed_cross_entropy")
+PLAIN = ("--criterion", "label_smoothed_cross_entropy")
 _DISTILLED = (
     *("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"),
     *("--teacher-checkpoint-path", f"{TEACHER}/{CHECKPOINT}", "--kd-strategy", "global_language_wise"),
@@ -67,6 +67,7 @@ class Model:
         reads: the models that its training reads
         language: the only one that it is trained and tested on; None: all
         sequence: it learns from the teacher's translations in place of the references
+        seed: of its training
     """
 
     name: str
@@ -75,6 +76,7 @@ class Model:
     reads: Tuple[str, ...] = ()
     language: Optional[str] = None
     sequence: bool = False
+    seed: int = 1
 
     @property
     def data(self) -> str:
@@ -97,13 +99,13 @@ def data_folder(language: Optional[str]) -> str:
     return f"{DATA}-{language}" if language else DATA
 
 
-_STUDENT = ("--arch", "transformer", *_STUDENT_SIZE)
+STUDENT = ("--arch", "transformer", *_STUDENT_SIZE)
 MODELS = (
-    Model(TEACHER, "teacher_updates", ("--arch", "transformer", *_TEACHER_SIZE, *_PLAIN)),
-    Model("student", "student_updates", (*_STUDENT, *_PLAIN)),
-    Model("student-word", "student_updates", (*_STUDENT, *_DISTILLED), (TEACHER,)),
-    Model("student-sequence", "student_updates", (*_STUDENT, *_PLAIN), sequence=True),
-    Model(SERVED, "student_updates", (*_STUDENT, *_DISTILLED), (TEACHER,), sequence=True),
+    Model(TEACHER, "teacher_updates", ("--arch", "transformer", *_TEACHER_SIZE, *PLAIN)),
+    Model("student", "student_updates", (*STUDENT, *PLAIN)),
+    Model("student-word", "student_updates", (*STUDENT, *_DISTILLED), (TEACHER,)),
+    Model("student-sequence", "student_updates", (*STUDENT, *PLAIN), sequence=True),
+    Model(SERVED, "student_updates", (*STUDENT, *_DISTILLED), (TEACHER,), sequence=True),
     Model(
         "compact-both",
         "student_updates",
@@ -114,7 +116,7 @@ MODELS = (
     Model(
         f"{SERVED}+{ADAPTED}",
         "adapter_updates",
-        ("--arch", "transformer_adapter", *_STUDENT_SIZE, *_ADAPTER, *_PLAIN),
+        ("--arch", "transformer_adapter", *_STUDENT_SIZE, *_ADAPTER, *PLAIN),
         (SERVED,),
         ADAPTED,
     ),
