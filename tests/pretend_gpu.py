@@ -252,7 +252,7 @@ def test_selection(kind):
     """The same tokens and gates as on the CPU, with updates that are skipped and a resumption among the others."""
     settings = {"rate": 0.3, "capacity": 100, "pools": ["hi", "ta", "untagged"]}
     on_cpu, on_device = (kind(**settings) for _ in range(2))
-    language_tags = partial(LanguageTags, ["<s>", "__src__hi", "__src__ta", "word"], "__src__")
+    language_tags = partial(LanguageTags, {1: "hi", 2: "ta"}, 4, [0])
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
         nll = torch.rand(37, generator=generator)

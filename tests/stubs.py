@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.models.output_projection import find_projection
+from kd_ext.modules.language_tags import LanguageTags
 from kd_ext.modules.teacher import Teacher
+from kd_ext.tasks.languages import Languages
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
 LANGUAGES = ["hi", "ta", "bn"]
@@ -23,6 +25,13 @@ def dictionary(tags=True):
     while len(words) < VOCABULARY:
         words.add_symbol(f"w{len(words)}")
     return words
+
+
+def languages(words, prefix="__src__"):
+    """Every word of that prefix, wherever it stands."""
+    tags = {i: word[len(prefix) :] for i, word in enumerate(words.symbols) if word.startswith(prefix)}
+    names = [words.symbols[i] for i in tags]
+    return Languages(LanguageTags(tags, len(words)), names, "source", [1] * (1 + len(tags)))
 
 
 class GivenLogits(BaseFairseqModel):
@@ -107,6 +116,7 @@ class Run:
         config = TranslationWithKDConfig(kd_strategy=strategy, kd_language_tag=tag)
         self.words = dictionary()
         self.task = TranslationWithKDTask(config, self.words, self.words)
+        self.task._builds_student, self.task._languages = True, languages(self.words, tag)
         self.student = self.student_kind()
         self.teachers = [self.teacher_kind() for _ in range(teachers)]
         projections = [find_projection(x) if isinstance(x, GivenFeatures) else None for x in self.teachers]

@@ -7,7 +7,6 @@ from kd_oracle import softmax
 from torch import nn
 
 from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
-from kd_ext.modules.language_tags import LanguageTags
 from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
 
@@ -45,30 +44,6 @@ def test_label_smoothed_nll_is_a_cross_entropy(eps):
     smoothed, nll = label_smoothed_nll(log_probs, target, eps)
     torch.testing.assert_close(smoothed, -(smooth * log_probs).sum(1), rtol=1e-12, atol=0)
     torch.testing.assert_close(nll, -log_probs[range(5), target], rtol=1e-12, atol=0)
-
-
-def test_language_tags():
-    symbols = ["<s>", "<pad>", "a", "__src__hi", "__src__", "__tgt__en", "__src__pa", "x__src__zz"]
-    tags = LanguageTags(symbols, "__src__")
-    assert tags.pools == ["hi", "pa", "untagged"]
-    tokens = torch.tensor([[1, 3, 5, 2], [6, 5, 2, 1], [1, 1, 5, 2], [2, 6, 3, 2]])
-    assert tags.of_sentences(tokens).tolist() == [0, 1, 2, 1]
-    assert LanguageTags(symbols, "__tgt__").of_sentences(tokens).tolist() == [0, 0, 0, 1]
-    assert len(LanguageTags(symbols, "<2")) == 0
-
-
-def test_special_symbols_are_no_languages():
-    symbols = ["<s>", "<pad>", "</s>", "<unk>", "<2hi>", "<2ta>"]
-    assert LanguageTags(symbols, "<", range(4)).pools == ["2hi>", "2ta>", "untagged"]
-    assert LanguageTags(symbols[:4], "<", range(4)).pools == ["untagged"]
-
-
-@pytest.mark.parametrize("languages", [["untagged"], ["hi", "_untagged", "untagged"]])
-def test_a_language_named_as_the_sentences_without_a_tag(languages):
-    tags = LanguageTags(["a", *(f"__src__{name}" for name in languages)], "__src__")
-    assert len(set(tags.pools)) == len(tags.pools) == 1 + len(languages)
-    assert tags.pools[:-1] == languages
-    assert tags.of_sentences(torch.tensor([[1, 0], [0, 0]])).tolist() == [0, len(languages)]
 
 
 class Linear(nn.Module):

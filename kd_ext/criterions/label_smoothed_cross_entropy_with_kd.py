@@ -21,7 +21,6 @@ from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll, of_t
 from kd_ext.modules.collectives import Workers
 from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
 from kd_ext.modules.fetched import Fetched
-from kd_ext.modules.language_tags import LanguageTags
 from kd_ext.modules.positions import Positions, true_first
 from kd_ext.modules.share_watch import UPDATES, ShareWatch
 from kd_ext.modules.token_selection import WINDOWS, SharedWindow, Tally, TokenSelector, selector_class
@@ -160,10 +159,10 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if ignore_prefix_size < 0:
             raise ConfigError(f"--ignore-prefix-size {ignore_prefix_size}: negative; a number of tokens, or 0 for none")
         strategy = task.cfg.kd_strategy
-        _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_queue_window, kd_temperature, task.cfg.kd_language_tag)
+        _check_flags(strategy, alpha, kd_rate, kd_queue_size, kd_queue_window, kd_temperature, task)
         kind = selector_class(strategy, kd_queue_window)
         self.temperature = kd_temperature
-        self.languages = _find_languages(task) if kind.by_language else None
+        self.languages = task.languages if kind.by_language and task.trains else None
         pools = self.languages.pools if self.languages else ["all"]
         if kind.needs_queue:
             _check_memory(kd_queue_size, *((1, 8) if kind is SharedWindow else (len(pools), 4)))
@@ -309,7 +308,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if self.languages is None:
             language = torch.zeros_like(sample["target"][:, 0])
         else:
-            language = self.languages.of_sentences(sample["net_input"]["src_tokens"])
+            language = self.languages.of_batch(sample)
         return _Batch(sample, real, language, self.selector)
 
     def _select(self, nll, batch: "_Batch") -> _Chosen:
@@ -378,7 +377,7 @@ def _log_mean(key: str, total, count: float) -> None:
         metrics.log_scalar(key, total / count, count, round=3)
 
 
-def _check_flags(strategy, alpha, rate, queue_size, window, temperature, tag) -> None:
+def _check_flags(strategy, alpha, rate, queue_size, window, temperature, task) -> None:
     if window not in WINDOWS:
         raise ConfigError(f"--kd-queue-window {window}: unknown; one of {', '.join(WINDOWS)}")
     kind = selector_class(strategy, window)
@@ -393,12 +392,16 @@ def _check_flags(strategy, alpha, rate, queue_size, window, temperature, tag) ->
         raise ConfigError(f"--kd-queue-size is missing: --kd-strategy {strategy} needs it, in tokens")
     if queue_size is not None and queue_size <= 0:
         raise ConfigError(f"--kd-queue-size {queue_size}: out of range; a number of tokens over 0")
+    tag, tags, side = task.cfg.kd_language_tag, task.cfg.kd_language_tags, task.cfg.kd_language_side
+    has_languages = kind.by_language or task.names_teachers_by_language
     unused = [
         ("--alpha", alpha, alpha != 0.5 and not kind.uses_alpha),
         ("--kd-rate", rate, rate is not None and not kind.needs_rate),
         ("--kd-queue-size", queue_size, queue_size is not None and not kind.needs_queue),
         ("--kd-queue-window", window, window != kind.window),
-        ("--kd-language-tag", tag, tag != "__src__" and not kind.by_language),
+        ("--kd-language-tag", tag, tag != "__src__" and not has_languages),
+        ("--kd-language-tags", tags, tags is not None and not has_languages),
+        ("--kd-language-side", side, side != "source" and not has_languages),
     ]
     for flag, value, is_unused in unused:
         if is_unused:
@@ -421,23 +424,6 @@ def _check_memory(queue_size: int, queues: int, token_bytes: int) -> None:
             f"--kd-queue-size {queue_size}: too large: {queues} queue{'s' * (queues > 1)} of it, {token_bytes} bytes a "
             f"token, are {needed:,} bytes, and there are {there:,}; at most {there // (token_bytes * queues):,} tokens"
         )
-
-
-def _find_languages(task) -> LanguageTags:
-    words = task.source_dictionary
-    if not task.cfg.kd_language_tag:
-        raise ConfigError(
-            "--kd-language-tag '': empty, so that every word would be a language; a prefix, as __src__ of __src__hi"
-        )
-    specials = {*range(words.nspecial), words.bos(), words.pad(), words.eos(), words.unk()}
-    languages = LanguageTags(words.symbols, task.cfg.kd_language_tag, specials)
-    if len(languages) == 0:
-        raise ConfigError(
-            f"--kd-language-tag {task.cfg.kd_language_tag}: no word of the source dictionary begins with it; "
-            "begin each source sentence with such a tag (__src__hi __tgt__en), or name the prefix that yours have"
-        )
-    logger.info("languages with a queue: %s", ", ".join(languages.pools[:-1]))
-    return languages
 
 
 def _data_parallel_group():

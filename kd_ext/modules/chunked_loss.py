@@ -24,16 +24,20 @@ from kd_ext.modules.chunked_logits import (
     row_kernel_for,
     spans,
 )
+from kd_ext.modules.parted_logits import PartedChunks, PartedLogits
 from kd_ext.modules.positions import true_first
 from kd_ext.modules.top_probs import ListedChunks, TopProbs
 
-# What is known of the teacher at m tokens: the logits of each model, or the words that were found most probable
-TeacherOutput = Union[Sequence[TeacherLogits], TopProbs]
+# What is known of the teacher at m tokens: the logits of each model, or of those of each of several teachers, or the
+# words that were found most probable
+TeacherOutput = Union[Sequence[TeacherLogits], PartedLogits, TopProbs]
 
 
 def of_tokens(teacher: TeacherOutput, tokens: Tensor) -> TeacherOutput:
     """What is known at some `tokens`, shape ``(m,)``, int64."""
-    return teacher.of(tokens) if isinstance(teacher, TopProbs) else [logits.of(tokens) for logits in teacher]
+    if isinstance(teacher, (TopProbs, PartedLogits)):
+        return teacher.of(tokens)
+    return [logits.of(tokens) for logits in teacher]
 
 
 class Weights(NamedTuple):
@@ -97,17 +101,25 @@ def chunked_loss(
         count: m, where it is known; None: it is counted, for which a GPU has to be waited for
     """
     features, weight, bias = student.as_autocast()
-    if not isinstance(teacher, TopProbs):
+    if isinstance(teacher, PartedLogits):
+        teacher = teacher.as_autocast()
+    elif not isinstance(teacher, TopProbs):
         teacher = [logits.as_autocast() for logits in teacher]
     count = int(selected.sum()) if count is None else count
-    is_mixed = 0 < count < target.numel()
-    if is_mixed:  # the selected tokens first: the chunks after them need no teacher
+    order = None
+    if 0 < count < target.numel():  # the selected tokens first: the chunks after them need no teacher
         order = true_first(selected)
+    if count > 0 and isinstance(teacher, PartedLogits):  # those of one teacher together
+        chosen = teacher.order if order is None else order[:count][teacher.order]
+        order = chosen if order is None else torch.cat([chosen, order[count:]])
+    if order is not None:
         features, target = features.index_select(0, order), target[order]
     out = _ChunkedLoss.apply(features, weight, bias, target, count, teacher, weights, rows or chunk_rows(weight))
     loss, nll, cross_entropy, kl, correct = out
-    if is_mixed:
+    if order is not None:
         nll, correct = (torch.empty_like(x).index_copy_(0, order, x) for x in (nll, correct))
+    if count > 0 and isinstance(teacher, PartedLogits):
+        cross_entropy, kl = (torch.empty_like(x).index_copy_(0, teacher.order, x) for x in (cross_entropy, kl))
     return ChunkedLoss(loss, nll, cross_entropy, kl, correct)
 
 
@@ -162,7 +174,8 @@ class _ChunkedLoss(torch.autograd.Function):
         student = LinearLogits(features, weight, bias)
         with torch.autocast(target.device.type, enabled=False):
             run = _ForwardPass(student, target, teacher, weights, ctx.needs_input_grad[:3])
-            for start, stop in spans(0, count, rows):
+            distilled = teacher.spans(rows) if isinstance(teacher, PartedLogits) else spans(0, count, rows)
+            for start, stop in distilled:
                 run.chunk(start, stop, is_distilled=True)
             for start, stop in spans(count, target.numel(), rows):
                 run.chunk(start, stop, is_distilled=False)
@@ -196,9 +209,11 @@ class _ForwardPass:
     ) -> None:
         self._student = LogitChunks(student)
         self._product = self._student.product
-        self._teacher: Union[ListedChunks, TeacherChunks]
+        self._teacher: Union[ListedChunks, PartedChunks, TeacherChunks]
         if isinstance(teacher, TopProbs):
             self._teacher = ListedChunks(teacher.to(target.device, self._product.dtype))
+        elif isinstance(teacher, PartedLogits):
+            self._teacher = PartedChunks(teacher, weights.temperature)
         else:
             self._teacher = TeacherChunks(teacher, weights.temperature)
         self._target, self._weights, self._bias = target, weights, student.bias

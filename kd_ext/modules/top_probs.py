@@ -1,11 +1,12 @@
 """A teacher's distributions by their most probable words alone: what is kept of it where all words are too many."""
 
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 
 from kd_ext.modules.chunked_logits import LinearLogits, TeacherChunks, TeacherLogits, chunk_rows, spans
+from kd_ext.modules.parted_logits import PartedLogits
 
 # of a row, for the kernel
 LONGEST_LIST = 1024
@@ -55,22 +56,27 @@ class TopProbs(NamedTuple):
 
 @torch.inference_mode()
 def top_probs(
-    teachers: Sequence[TeacherLogits], k: int, temperature: float = 1.0, rows: Optional[int] = None
+    teachers: Union[Sequence[TeacherLogits], PartedLogits], k: int, temperature: float = 1.0, rows: Optional[int] = None
 ) -> TopProbs:
     """The `k` most probable words of each of n tokens, the most probable first.
 
     Args:
-        teachers: each of the same n tokens; their probabilities are averaged
+        teachers: each of the same n tokens, their probabilities averaged; or several for a part of the tokens each
         k: from 1 to V
         temperature: T of the softmax
         rows: tokens in a chunk; None: as measured to be fast
     """
+    if isinstance(teachers, PartedLogits):
+        parts = [top_probs(part, k, temperature, rows) for part in teachers.parts]
+        words, probs = torch.cat([part.words for part in parts]), torch.cat([part.probs for part in parts])
+        words, probs = (torch.empty_like(x).index_copy_(0, teachers.order, x) for x in (words, probs))
+        return TopProbs(words, probs, parts[0].vocabulary)
     first = teachers[0]
     projection = first.weight if isinstance(first, LinearLogits) else first.given.t()
     size = rows or chunk_rows(projection)
     chunks = TeacherChunks([teacher.as_autocast() for teacher in teachers], temperature)
-    parts = [chunks.probs(start, stop).topk(k, dim=1) for start, stop in spans(0, first[0].size(0), size)]
-    words, probs = torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
+    found = [chunks.probs(start, stop).topk(k, dim=1) for start, stop in spans(0, first[0].size(0), size)]
+    words, probs = torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
     return TopProbs(words, probs, projection.size(0))
 
 

@@ -15,6 +15,9 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
+from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
+from kd_ext.teachers.assignment import is_by_language, read_assignment
+from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
 from kd_ext.teachers.load import Source, identify_teacher, load_teacher
 
@@ -32,7 +35,10 @@ class TranslationWithKDConfig(TranslationConfig):
     )
     teacher_checkpoint_path: Optional[str] = field(
         default=None,
-        metadata={"help": "checkpoint of the teacher; several joined by ':' are an ensemble"},
+        metadata={
+            "help": "checkpoint of the teacher; several joined by ':' are an ensemble; hi=a.pt,ta=b.pt,...=c.pt, or a "
+            "file of such lines: a teacher for each language, and for the rest"
+        },
     )
     teacher_model_overrides: str = field(
         default="{}",
@@ -53,9 +59,17 @@ class TranslationWithKDConfig(TranslationConfig):
     kd_language_tag: str = field(
         default="__src__",
         metadata={
-            "help": "prefix of the source token that names a sentence's language, for global_language_wise; "
-            "'__tgt__' for one-to-many models"
+            "help": "prefix of the token that names a sentence's language, for global_language_wise and for teachers "
+            "by language; '__tgt__' for one-to-many models"
         },
+    )
+    kd_language_tags: Optional[str] = field(
+        default=None,
+        metadata={"help": "in place of a prefix, the tags: joined by commas, or a file with one in each line"},
+    )
+    kd_language_side: str = field(
+        default="source",
+        metadata={"help": "where the tags are: source or target"},
     )
     teacher_cache_dir: Optional[str] = field(
         default=None,
@@ -87,8 +101,10 @@ class TranslationWithKDTask(TranslationTask):
     def __init__(self, cfg, src_dict, tgt_dict):
         super().__init__(cfg, src_dict, tgt_dict)
         self.selector: Optional[TokenSelector] = None
+        self._languages: Optional[Languages] = None
         self._builds_student = False
         self._cached_teacher: Optional[CachedTeacher] = None
+        self._split: Optional[SplitByTeacher] = None
         self._prepare_cache: Optional[Callable[[], None]] = None
         self.trained_with = trained_with.of_dictionaries(src_dict, tgt_dict)
 
@@ -100,6 +116,8 @@ class TranslationWithKDTask(TranslationTask):
             raise ConfigError(
                 f"--teacher-cache-top-k {cfg.teacher_cache_top_k}: there is no cache; name a --teacher-cache-dir"
             )
+        if cfg.kd_language_side not in SIDES:
+            raise ConfigError(f"{SIDE_FLAG} {cfg.kd_language_side}: unknown; one of {', '.join(SIDES)}")
         if cfg.teacher_dtype not in (None, *DTYPES):
             raise ConfigError(f"--teacher-dtype {cfg.teacher_dtype}: unknown; one of {', '.join(DTYPES)}")
         return super().setup_task(cfg, **kwargs)
@@ -118,18 +136,35 @@ class TranslationWithKDTask(TranslationTask):
                 )
         return super().build_criterion(cfg)
 
-    def load_teacher(self, temperature: float) -> Union[Teacher, CachedTeacher, None]:
+    @property
+    def trains(self) -> bool:
+        """Whether there is training to come."""
+        return self._builds_student
+
+    @property
+    def languages(self) -> Languages:
+        """Those of the training set, which is looked at when they are asked for first.
+
+        Raises:
+            ConfigError: the tags that the settings name cannot be used
+        """
+        if self._languages is None:
+            self._languages = find_languages(self)
+        return self._languages
+
+    def load_teacher(self, temperature: float) -> Union[Teacher, TeachersByLanguage, CachedTeacher, None]:
         """Load what ``--teacher-checkpoint-path`` names; None if there is no training to come."""
-        if not self._builds_student:
+        if not self.trains:
             return None
-        teacher = self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._load_teacher()
+        teacher = self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._teacher_source().load()
+        if isinstance(teacher, TeachersByLanguage):
+            self._split = teacher.split
         self.trained_with[trained_with.TEACHER] = teacher.identity
         return teacher
 
     def open_cache(self, temperature: float, mends: bool = False) -> CachedTeacher:
         """The cache in ``--teacher-cache-dir``. Its teacher is loaded together with the training set, if need be."""
-        identify = partial(identify_teacher, self._teacher_source(), self)
-        source = TeacherSource(self.cfg.teacher_checkpoint_path, identify, self._load_teacher)
+        source = self._teacher_source(one_by_one=mends)
         folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
         self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self, mends=mends)
         return self._cached_teacher
@@ -138,17 +173,45 @@ class TranslationWithKDTask(TranslationTask):
         """In which the teacher runs."""
         return getattr(torch, self.cfg.teacher_dtype) if self.cfg.teacher_dtype else of_student
 
-    def _load_teacher(self) -> Teacher:
-        return load_teacher(self._teacher_source(), self)
+    @property
+    def names_teachers_by_language(self) -> bool:
+        return is_by_language(self.cfg.teacher_checkpoint_path)
 
-    def _teacher_source(self) -> Source:
+    def _teacher_source(self, one_by_one: bool = False) -> TeacherSource:
+        """What ``--teacher-checkpoint-path`` names; of several teachers one after the other is in memory, if asked."""
+        path = self.cfg.teacher_checkpoint_path
+        if not self.names_teachers_by_language:
+            return TeacherSource(path, partial(self._identify, path), partial(self._load, path))
+        languages = self.languages
+        assignment = read_assignment(path, languages.pools, languages.names, languages.counts)
+        identify = partial(assignment.identity, languages.identity)
+        split = SplitByTeacher(assignment.of_pools, languages.of_batch, self.source_dictionary.pad())
+        load = [partial(self._load, of_one) for of_one in assignment.paths]
+        return TeacherSource(
+            path,
+            lambda: identify([self._identify(of_one) for of_one in assignment.paths]),
+            lambda: TeachersByLanguage(load, split, identify, keeps_all=not one_by_one),
+        )
+
+    def _identify(self, path: str) -> str:
+        return identify_teacher(self._source(path), self)
+
+    def _load(self, path: Optional[str]) -> Teacher:
+        return load_teacher(self._source(path), self)
+
+    def _source(self, path: Optional[str]) -> Source:
         cfg = self.cfg
-        return Source(cfg.teacher_checkpoint_path, cfg.teacher_model_overrides, cfg.teacher_user_dir, cfg.teacher_ema)
+        return Source(path, cfg.teacher_model_overrides, cfg.teacher_user_dir, cfg.teacher_ema)
 
     def get_batch_iterator(self, dataset, max_tokens=None, max_sentences=None, max_positions=None, **kwargs):
         get_batches = partial(super().get_batch_iterator, dataset, max_tokens, max_sentences, max_positions, **kwargs)
-        if self._cached_teacher is None or dataset is not self.datasets.get(self.cfg.train_subset):
+        if dataset is not self.datasets.get(self.cfg.train_subset):
             return get_batches()
+        if self._cached_teacher is None:
+            batches = get_batches()
+            if self._split is not None and not isinstance(batches.collate_fn, BringsParts):
+                batches.collate_fn = BringsParts(batches.collate_fn, self._split)
+            return batches
         shards = len(utils.split_paths(self.cfg.data))
         shard = "" if shards == 1 else str((kwargs.get("epoch", 1) - 1) % shards)
         prepare = partial(self._cached_teacher.prepare, dataset, max_positions, shard)
@@ -193,6 +256,8 @@ class TranslationWithKDTask(TranslationTask):
             state["kd"] = {"strategy": self.cfg.kd_strategy, "queues": self.selector.state_dict()}
             if self.selector.window != "each":
                 state["kd"].update(window=self.selector.window, pools=self.selector.pools)
+            if self.selector.by_language:
+                state["kd"]["languages"] = self.languages.identity
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -209,8 +274,29 @@ class TranslationWithKDTask(TranslationTask):
                 "the checkpoint has no queues of --kd-strategy %s (its own: %s); they start empty", kind, saved_kind
             )
             return
-        self.selector.load_state_dict(saved["queues"], saved.get("pools"))
+        if self.selector.by_language:
+            self._load_queues_by_language(saved)
+        else:
+            self.selector.load_state_dict(saved["queues"])
         logger.info("restored the queues of --kd-strategy %s: %s tokens", kind, self.selector.sizes())
+
+    def _load_queues_by_language(self, saved: Dict[str, Any]) -> None:
+        """By name, as the training set can have other languages by now, and its tags other names."""
+        now, before = self.languages, saved.get("languages", self.languages.identity)
+        if before != now.identity:
+            logger.warning(
+                "the queues of the checkpoint are of languages by other tags (%s; now %s); they start empty",
+                *(before, now.identity),
+            )
+            return
+        pools = {**{name: now.pools[i] for name, i in now.names.items()}, now.pools[-1]: now.pools[-1]}
+        queues = saved["queues"]
+        if self.selector.window == "each":
+            gone = [name for name in queues if name not in pools]
+            if gone:
+                logger.warning("the training set has no sentence of %s: what their queues hold is left out", gone)
+            queues = {pools[name]: values for name, values in queues.items() if name in pools}
+        self.selector.load_state_dict(queues, [pools.get(name, name) for name in saved.get("pools", now.pools)])
 
 
 def _kind_of_queues(strategy: str, window: str) -> str:
