@@ -5,14 +5,14 @@ marks translations that were made by a machine.
 """
 
 from collections import Counter
-from typing import Collection, Dict, NamedTuple, Set, Tuple
+from typing import Collection, Dict, Iterator, List, NamedTuple, Set, Tuple
 from typing import Counter as Counts
 
 import numpy as np
 
 MOST_CANDIDATES = 2**16 - 1
 HEAD, TAIL = 8, 4  # so many tokens are looked at, at the beginning and at the end of a sentence
-_KEPT = 3  # candidates of a run; a run has one or two
+_KEPT = HEAD - 1  # candidates of a run
 # of the places where a word stands, the part that must be those of tags
 _MOST = 0.5
 # and the part that must be before a candidate, of a word that is none, for a run to go on behind it
@@ -95,10 +95,9 @@ class TagPlaces:
         place = sentences.sizes - 1 - last
         ends[is_run[rows, np.clip(place, 0, HEAD - 1)] & (place < HEAD)] = 0
 
-        columns = np.column_stack([lead, ends]).astype(np.uint16)  # n x 4, so that a row is one whole number
-        keys, counts = np.unique(columns.view(np.uint64), return_counts=True)
-        for key, times in zip(keys[:, None].view(np.uint16).tolist(), counts.tolist()):
-            self._places[tuple(x for x in key[:_KEPT] if x), key[_KEPT]] += times
+        columns = np.column_stack([lead, ends]).astype(np.uint16)  # n x 8
+        for row, times in _distinct(columns):
+            self._places[tuple(x for x in row[:_KEPT] if x), row[_KEPT]] += times
 
     def tags(self) -> "Found":
         """Which candidates name a language, and of how many sentences."""
@@ -161,6 +160,14 @@ def _needless(runs: Counts[Tuple[int, ...]]) -> Set[int]:
             if len(run) > 1 and runs[run[1:]] >= _BY_ITSELF * times:
                 needless[run[0]] += times
     return {number for number, times in led.items() if needless[number] > _MOST * times}
+
+
+def _distinct(columns: np.ndarray) -> Iterator[Tuple[List[int], int]]:
+    """The distinct rows of shape ``(n, 8)``, uint16, and how often each is there: four columns are a whole number."""
+    halves = [np.unique(half, return_inverse=True) for half in columns.view(np.uint64).T]
+    (_, first), (seconds, second) = halves
+    _, at, counts = np.unique(first.ravel() * len(seconds) + second.ravel(), return_index=True, return_counts=True)
+    yield from zip(columns[at].tolist(), counts.tolist())
 
 
 def _beginnings(sentences: Sentences) -> Tuple[np.ndarray, np.ndarray]:

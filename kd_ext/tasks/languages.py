@@ -1,6 +1,7 @@
 """The languages of a training set, and of a sentence: ``--kd-language-tag``, ``--kd-language-tags`` and ``-side``."""
 
 import difflib
+import itertools
 import logging
 import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Set
@@ -96,12 +97,12 @@ def find_languages(task: Any) -> Languages:
     found = _read_flags(task.cfg, words, specials, side)
     if found.words:
         tags = LanguageTags(found.words, len(words), specials)
-        counts = _count(task, side, specials, tags)
+        counts = _count(_TrainingSet(task, side, specials), tags)
         tagged = list(found.words.values())
         languages = Languages(tags, tagged, side, counts, f"{side} {','.join(tagged)}")
         _log(found.flag, languages)
     else:
-        languages = _by_places(task, side, words, specials, found)
+        languages = _by_places(_TrainingSet(task, side, specials), side, words, specials, found)
     _warn_of_few(found.flag, languages)
     return languages
 
@@ -171,11 +172,13 @@ def _lines(flag: str, path: str) -> List[str]:
         raise ConfigError(f"{flag}: cannot be read as text: {error}; a file with one tag in each line") from error
 
 
-def _by_places(task: Any, side: str, words: Dictionary, specials: Set[int], given: _Tags) -> Languages:
+def _by_places(
+    training_set: "_TrainingSet", side: str, words: Dictionary, specials: Set[int], given: _Tags
+) -> Languages:
     places = TagPlaces(len(words), given.candidates, specials)
-    for sentences in _training_set(task, side, specials, "looking for language tags"):
+    for sentences in training_set.sentences("looking for language tags"):
         places.look(sentences)
-    for sentences in _training_set(task, side, specials, "counting language tags"):
+    for sentences in training_set.sentences("counting language tags"):
         places.count(sentences)
     found = places.tags()
     if not found.tags:
@@ -200,20 +203,19 @@ def _by_places(task: Any, side: str, words: Dictionary, specials: Set[int], give
 
 
 def _without_closing(names: List[str]) -> List[str]:
-    """``hi`` for ``hi__`` where all end so: in a sign that is no letter."""
-    closing = os.path.commonprefix([name[::-1] for name in names])[::-1]
-    while closing and closing[0].isalnum():
-        closing = closing[1:]
+    """``hi`` for ``hi__`` where all end so: in signs that are no letters."""
+    backwards = os.path.commonprefix([name[::-1] for name in names])
+    closing = "".join(itertools.takewhile(lambda sign: not sign.isalnum(), backwards))
     if not closing or any(len(name) == len(closing) for name in names):
         return names
     return [name[: -len(closing)] for name in names]
 
 
-def _count(task: Any, side: str, specials: Set[int], tags: LanguageTags) -> List[int]:
+def _count(training_set: "_TrainingSet", tags: LanguageTags) -> List[int]:
     """How many sentences of the training set each pool has, where a tag counts wherever it stands."""
     counts = np.zeros(len(tags.pools), dtype=np.int64)
     table = tags.of_words()
-    for sentences in _training_set(task, side, specials, "counting language tags"):
+    for sentences in training_set.sentences("counting language tags"):
         language = table[sentences.tokens]
         hits = np.flatnonzero(language >= 0)
         numbers = np.searchsorted(np.cumsum(sentences.sizes), hits, side="right")
@@ -223,25 +225,35 @@ def _count(task: Any, side: str, specials: Set[int], tags: LanguageTags) -> List
     return counts.tolist()
 
 
-def _training_set(task: Any, side: str, specials: Set[int], doing: str) -> Iterator[Sentences]:
-    split = task.cfg.train_subset
-    before, buckets = task.datasets.get(split), task.cfg.num_batch_buckets
-    task.cfg.num_batch_buckets = 0  # padding is of no interest here
-    try:
-        for epoch in range(1, 1 + len(utils.split_paths(task.cfg.data))):  # a part of the data an epoch
-            task.load_dataset(split, epoch=epoch, combine=True)
-            pairs = task.datasets.pop(split)
-            with tqdm(desc=doing, total=len(pairs), unit="sentence", leave=False, delay=2) as bar:
-                for sentences in sentences_of(pairs.src if side == "source" else pairs.tgt):
-                    if side == "target" and pairs.eos not in specials:  # what the decoder begins with
-                        tokens = np.insert(sentences.tokens, sentences.starts, pairs.eos)
+class _TrainingSet:
+    """The sentences of one side of a task's training set: all parts of it, if ``DATA`` names several."""
+
+    def __init__(self, task: Any, side: str, specials: Set[int]) -> None:
+        split = task.cfg.train_subset
+        before, buckets = task.datasets.get(split), task.cfg.num_batch_buckets
+        task.cfg.num_batch_buckets = 0  # padding is of no interest here
+        self._parts = []
+        try:
+            for epoch in range(1, 1 + len(utils.split_paths(task.cfg.data))):  # a part of the data an epoch
+                task.load_dataset(split, epoch=epoch, combine=True)
+                self._parts.append(task.datasets.pop(split))
+        finally:
+            task.cfg.num_batch_buckets = buckets
+            if before is not None:
+                task.datasets[split] = before
+        self._side, self._specials = side, specials
+
+    def sentences(self, doing: str) -> Iterator[Sentences]:
+        """All of them, some at a time, with a bar that says what is being done."""
+        total = sum(len(part) for part in self._parts)
+        with tqdm(desc=doing, total=total, unit="sentence", leave=False, delay=2) as bar:
+            for part in self._parts:
+                for sentences in sentences_of(part.src if self._side == "source" else part.tgt):
+                    if self._side == "target" and part.eos not in self._specials:  # what the decoder begins with
+                        tokens = np.insert(sentences.tokens, sentences.starts, part.eos)
                         sentences = Sentences(tokens, sentences.sizes + 1)
                     yield sentences
                     bar.update(len(sentences.sizes))
-    finally:
-        task.cfg.num_batch_buckets = buckets
-        if before is not None:
-            task.datasets[split] = before
 
 
 def _log(flag: str, languages: Languages) -> None:

@@ -84,7 +84,7 @@ def read_assignment(path: str, pools: Sequence[str], names: Dict[str, int], coun
     if without and rest is None:
         also = f" ('{pools[-1]}' are {counts[-1]:,} sentences without a tag)" if pools[-1] in without else ""
         raise ConfigError(
-            f"{FLAG} {path}: no teacher for {', '.join(without)}{also}; name one of each, or of the rest: {REST}=base.pt"
+            f"{FLAG} {path}: none for {', '.join(without)}{also}; name one of each, or of the rest, {REST}=base.pt"
         )
     if not without:
         rest = None  # which need not be loaded
