@@ -9,10 +9,13 @@ import logging
 import multiprocessing
 import sys
 import time
+from collections import defaultdict
 from typing import Any, Iterator, List, Optional, Sequence
 
+import numpy as np
 import torch
 from fairseq import options, utils
+from fairseq.data import iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from tqdm import tqdm
 
@@ -20,6 +23,7 @@ import kd_ext  # noqa: F401  registers the task and its criterion
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import check_temperature
 from kd_ext.errors import ConfigError
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
+from kd_ext.teachers.by_language import SplitByTeacher
 from kd_ext.upstream.command_line import list_alone
 
 logger = logging.getLogger("kd_ext.teacher_cache")  # as __main__ too
@@ -67,7 +71,8 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
         "--processes", type=int, default=1, metavar="N", help="each loads the teacher, each on a GPU of its own"
     )
     teacher = ("checkpoint-path", "model-overrides", "user-dir", "dtype", "cache-dir", "cache-top-k")
-    list_alone(parser, ["--processes", *(f"--teacher-{name}" for name in teacher), "--kd-temperature"])
+    tags = ("--kd-language-tag", "--kd-language-tags", "--kd-language-side")
+    list_alone(parser, ["--processes", *(f"--teacher-{name}" for name in teacher), "--kd-temperature", *tags])
     args = options.parse_args_and_arch(parser, arguments)
     if args.task != TASK or args.criterion != CRITERION:
         raise ConfigError(f"--task {args.task} --criterion {args.criterion}: use --task {TASK} --criterion {CRITERION}")
@@ -114,7 +119,7 @@ def _fill(args: argparse.Namespace, index: int, done: Any) -> Iterator[int]:
         batches = _batches(task, cfg, epoch, index, args.processes)
         total += sum(map(len, batches.frozen_batches))
         yield total
-        for sample in batches.next_epoch_itr(shuffle=False):
+        for sample in _samples(batches, task.split, cfg, index, args.processes):
             if sample:
                 cache.mend(utils.move_to_cuda(sample) if use_cuda else sample)
                 with done.get_lock():
@@ -139,6 +144,28 @@ def _batches(task: TranslationWithKDTask, cfg: Any, epoch: int, index: int, proc
     )
     task.begin_epoch(epoch, None)
     return batches
+
+
+def _samples(batches: Any, split: Optional[SplitByTeacher], cfg: Any, index: int, processes: int) -> Iterator[Any]:
+    """A process's batches: of several teachers' sentences those of one after those of another, which comes for them."""
+    if split is None:
+        yield from batches.next_epoch_itr(shuffle=False)
+        return
+    dataset, of_teachers = batches.dataset, defaultdict(list)
+    for batch in tqdm(batches.frozen_batches[index::processes], desc="which teacher's", leave=False, delay=2):
+        sample = dataset.collater([dataset[i] for i in batch])
+        for number, teacher in zip(sample["id"].tolist(), split.of_sentences(sample)):
+            of_teachers[teacher].append(number)
+    for _, sentences in sorted(of_teachers.items()):
+        of_one = dataset.batch_by_size(
+            np.array(sentences),
+            max_tokens=cfg.dataset.max_tokens,
+            max_sentences=cfg.dataset.batch_size,
+            required_batch_size_multiple=cfg.dataset.required_batch_size_multiple,
+        )
+        yield from iterators.EpochBatchIterator(
+            dataset, dataset.collater, of_one, num_workers=cfg.dataset.num_workers
+        ).next_epoch_itr(shuffle=False)
 
 
 if __name__ == "__main__":

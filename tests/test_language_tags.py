@@ -1,17 +1,19 @@
-"""Language tags as corpora have them: which sentences they name, against a count by a plain script over the raw text."""
+"""Language tags as corpora have them: the sentences of each, against a count by a plain script over the raw text."""
 
+import copy
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import KD, strategy_flags
+from conftest import KD, load, strategy_flags
 from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from test_bad_usage import assert_refused
 
 from kd_ext.modules.language_tags import LanguageTags
+from kd_ext.modules.token_selection import selector_class
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
 SHARES = {"hi": 6, "ta": 3, "bn": 1}
@@ -70,11 +72,9 @@ CONVENTIONS = {
 def write_lines(convention, seed=1, count=400):
     """Lines with words that look like tags: as the first, the last, and in between."""
     rng = random.Random(seed)
-    alike = ["[1]", "[2]", "__x", "<20", ">>", "__"]
+    alike, ordinary = ["[1]", "[2]", "__x", "<20", ">>", "__"], ["w1", "w2", "w3", "w4"]
     for _ in range(count):
-        words = [
-            rng.choice(alike if rng.random() < 0.15 else ["w1", "w2", "w3", "w4"]) for _ in range(rng.randint(3, 9))
-        ]
+        words = [rng.choice(alike if rng.random() < 0.15 else ordinary) for _ in range(rng.randint(3, 9))]
         if convention.startswith("mBART") and rng.random() < 0.1:
             words[0] = "[1]"  # and nowhere else so often
         language = rng.choices(list(SHARES), SHARES.values())[0]
@@ -182,9 +182,7 @@ PREFIXES = {
     ),
     "words that look alike, behind the tag": (
         "[",
-        [f"{tag} [1] w1" for tag in MANY]
-        + [f"{tag} w2 w3 [1]" for tag in MANY]
-        + [f"{tag} w1 [1] w2" for tag in MANY] * 3,
+        [f"{tag} {words}" for tag in MANY for words in ("[1] w1", "w2 w3 [1]", *["w1 [1] w2"] * 3)],
         {"hi_IN": 250, "ta_IN": 250, "untagged": 0},
     ),
     "before the tag": (
@@ -231,8 +229,8 @@ def test_what_the_log_says(tmp_path, caplog):
         "hi (__hi__) 3,000, ta (__ta__) 1; untagged 1",
         "--kd-language-tag __: these begin so, too, but only stand before a tag, and name no language: __bt__; if they "
         "do, list the tags by --kd-language-tags",
-        "--kd-language-tag __: these begin so, too, but stand anywhere in sentences, and name no language: __x; if they "
-        "do, list the tags by --kd-language-tags",
+        "--kd-language-tag __: these begin so, too, but stand anywhere in sentences, and name no language: __x; if "
+        "they do, list the tags by --kd-language-tags",
         "--kd-language-tag __: next to no sentence is of ta 1",
     ]
     assert caplog.records[-1].levelname == "WARNING"
@@ -276,7 +274,7 @@ BAD = {
     "side": (["--kd-language-side", "both"], ["--kd-language-side both: unknown; one of source, target"]),
     "not on that side": (
         ["--kd-language-side", "target", "--kd-language-tag", "<2"],
-        ["word of the target dictionary"],
+        ["of the target dictionary"],
     ),
     "no sentence": (["--kd-language-side", "target"], ["no sentence of the training set begins or ends with a tag"]),
 }
@@ -288,3 +286,80 @@ def test_bad_usage(train, teacher, tmp_path, case):
     flags = [flag.format(folder=tmp_path) for flag in flags]
     known = [*KD, "--teacher-checkpoint-path", teacher, *strategy_flags("global_language_wise")]
     assert_refused(train(tmp_path / "run", *known, *flags), tmp_path / "run", *parts)
+
+
+def a_run(folder, prefix, window="each"):
+    """The queues of a run on `folder`'s data, of whose tags `prefix` is the beginning."""
+    task = make_task(folder, "--kd-language-tag", prefix, "--kd-strategy", "global_language_wise")
+    task.selector = selector_class("global_language_wise", window)(0.5, 20, task.languages.pools)
+    return task
+
+
+def push(task, languages):
+    pools = torch.tensor([task.languages.pools.index(name) for name in languages])
+    task.selector.select(torch.arange(len(pools)).float(), pools)
+    task.selector.commit()
+
+
+@pytest.mark.parametrize("window", ["each", "shared"])
+def test_queues_of_a_checkpoint(tmp_path, window, caplog):
+    lines = ["<2hi> w", "<2ta> w", "__x w"] * 20
+    data = binarize(tmp_path / "data", lines, lines)
+    task = a_run(data, "<2", window)
+    push(task, ["ta", "hi", "hi", "untagged"])
+    saved = task.state_dict()
+
+    resumed = a_run(data, "<2", window)
+    resumed.load_state_dict(saved)
+    assert resumed.selector.sizes() == task.selector.sizes() == {"hi": 2, "ta": 1, "untagged": 1}
+
+    # before tags were counted, all that begin as one had a queue, by another name
+    old = copy.deepcopy(saved)
+    del old["kd"]["languages"]
+    if window == "each":
+        queues = old["kd"]["queues"]
+        old["kd"]["queues"] = {"ta>": queues["ta"], "hi>": queues["hi"], "untagged": queues["untagged"]}
+    else:
+        old["kd"]["pools"] = ["hi>", "ta>", "untagged"]
+    resumed = a_run(data, "<2", window)
+    resumed.load_state_dict(old)
+    assert resumed.state_dict()["kd"]["queues"].keys() == saved["kd"]["queues"].keys()
+    assert resumed.selector.sizes() == task.selector.sizes()
+
+    caplog.clear()
+    resumed = a_run(data, "<", window)  # other tags
+    resumed.load_state_dict(saved)
+    assert sum(resumed.selector.sizes().values()) == 0
+    assert "by other tags (source <2*; now source <*); they start empty" in caplog.text
+
+    fewer = binarize(tmp_path / "fewer", ["<2hi> w", "__x w"] * 20, ["w <2ta>"] * 40)  # the sources have one no more
+    resumed = a_run(fewer, "<2", window)
+    resumed.load_state_dict(saved)
+    assert resumed.selector.sizes() == {"hi": 2, "untagged": 1}
+
+
+def test_as_typed(train, distil, teacher, corpus, tmp_path):
+    """Queues of listed tags, and a resumption; the tokens of each are those of the raw text."""
+    flags = ["--kd-language-tags", "__src__hi,__src__ta", "--max-update", 16]  # an epoch
+    result = distil(tmp_path, *flags, strategy="global_language_wise")
+    assert result.returncode == 0, result.output[-2000:]
+    sources = (corpus / "raw" / "train.src").read_text().splitlines()
+    targets = (corpus / "raw" / "train.tgt").read_text().splitlines()
+    of_each, tokens = Counter(), Counter()
+    for source, target in zip(sources, targets):
+        tag = source.split()[0] if source.split()[0] != "__src__bn" else "untagged"
+        of_each[tag] += 1
+        tokens[tag] += len(target.split()) + 1
+    said = ", ".join(f"{tag} {of_each[tag]}" for tag in ("__src__hi", "__src__ta"))
+    assert f"by tags of the source: {said}; untagged {of_each['untagged']}" in result.output
+    kd = load(tmp_path / "checkpoint_last.pt")["task_state"]["kd"]
+    assert {name: len(queue) for name, queue in kd["queues"].items()} == {
+        name: min(count, 300) for name, count in tokens.items()
+    }
+    assert kd["languages"] == "source __src__hi,__src__ta"
+    flags[-1] = 18
+    result = distil(tmp_path, *flags, strategy="global_language_wise")
+    assert result.returncode == 0, result.output[-2000:]
+    assert "restored the queues" in result.output
+    result = distil(tmp_path, "--max-update", 20, strategy="global_language_wise")
+    assert "are of languages by other tags" in result.output

@@ -67,7 +67,7 @@ def top_probs(
         rows: tokens in a chunk; None: as measured to be fast
     """
     if isinstance(teachers, PartedLogits):
-        parts = [top_probs(part, k, temperature, rows) for part in teachers.parts]
+        parts = [top_probs(part, k, temperature, rows) for part, n in zip(teachers.parts, teachers.sizes) if n > 0]
         words, probs = torch.cat([part.words for part in parts]), torch.cat([part.probs for part in parts])
         words, probs = (torch.empty_like(x).index_copy_(0, teachers.order, x) for x in (words, probs))
         return TopProbs(words, probs, parts[0].vocabulary)

@@ -90,6 +90,7 @@ class TranslationWithKDTask(TranslationTask):
 
     Attributes:
         trained_with: what must not change in mid-training, as :mod:`kd_ext.files.trained_with` has it
+        split: which sentences of a batch are of which teacher, where there are several by language
 
     Raises:
         ConfigError: from ``setup_task`` or ``build_criterion`` where a flag cannot be used
@@ -104,7 +105,7 @@ class TranslationWithKDTask(TranslationTask):
         self._languages: Optional[Languages] = None
         self._builds_student = False
         self._cached_teacher: Optional[CachedTeacher] = None
-        self._split: Optional[SplitByTeacher] = None
+        self.split: Optional[SplitByTeacher] = None
         self._prepare_cache: Optional[Callable[[], None]] = None
         self.trained_with = trained_with.of_dictionaries(src_dict, tgt_dict)
 
@@ -157,8 +158,6 @@ class TranslationWithKDTask(TranslationTask):
         if not self.trains:
             return None
         teacher = self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._teacher_source().load()
-        if isinstance(teacher, TeachersByLanguage):
-            self._split = teacher.split
         self.trained_with[trained_with.TEACHER] = teacher.identity
         return teacher
 
@@ -185,7 +184,7 @@ class TranslationWithKDTask(TranslationTask):
         languages = self.languages
         assignment = read_assignment(path, languages.pools, languages.names, languages.counts)
         identify = partial(assignment.identity, languages.identity)
-        split = SplitByTeacher(assignment.of_pools, languages.of_batch, self.source_dictionary.pad())
+        self.split = split = SplitByTeacher(assignment.of_pools, languages.of_batch, self.source_dictionary.pad())
         load = [partial(self._load, of_one) for of_one in assignment.paths]
         return TeacherSource(
             path,
@@ -209,8 +208,8 @@ class TranslationWithKDTask(TranslationTask):
             return get_batches()
         if self._cached_teacher is None:
             batches = get_batches()
-            if self._split is not None and not isinstance(batches.collate_fn, BringsParts):
-                batches.collate_fn = BringsParts(batches.collate_fn, self._split)
+            if self.split is not None and not isinstance(batches.collate_fn, BringsParts):
+                batches.collate_fn = BringsParts(batches.collate_fn, self.split)
             return batches
         shards = len(utils.split_paths(self.cfg.data))
         shard = "" if shards == 1 else str((kwargs.get("epoch", 1) - 1) % shards)

@@ -46,7 +46,7 @@ class Assignment(NamedTuple):
         rest = "" if self.rest is None else teachers[self.rest]
         assigned = sorted((name, teachers[number]) for name, number in self.named)
         digest = hashlib.sha256(repr((languages, assigned, rest)).encode()).hexdigest()[:16]
-        return f"{' '.join(sorted(set(teachers)))} by language {digest}"
+        return f"{'; '.join(sorted(set(teachers)))}; by language {digest}"
 
 
 def read_assignment(path: str, pools: Sequence[str], names: Dict[str, int], counts: Sequence[int]) -> Assignment:
