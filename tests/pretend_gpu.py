@@ -16,10 +16,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from kd_ext.modules import chunked_logits
 from kd_ext.modules.chunked_logits import GivenLogits, LinearLogits
-from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll
+from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll, of_tokens
 from kd_ext.modules.language_tags import LanguageTags
+from kd_ext.modules.positions import Positions, true_first
+from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, SharedWindow
 from kd_ext.modules.top_probs import TopProbs, top_probs
+from kd_ext.teachers.by_language import SplitByTeacher, TeachersByLanguage
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -245,6 +248,67 @@ def test_the_loss_under_automatic_mixed_precision(dtype, is_listed):
         assert gradient.dtype == torch.float32
         assert_near(gradient.cpu(), expected, torch.finfo(dtype).eps)
     assert set(mixed_products) == {dtype}
+
+
+class _ByPreviousWord(torch.nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, src_tokens, prev_output_tokens, features_only):
+        return self.table[prev_output_tokens], None
+
+
+@pytest.mark.parametrize("rate", [0.4, 1.0])
+def test_teachers_by_language(rate):
+    """The same loss and gradient as on the CPU, and as of all logits put together there."""
+    generator = torch.Generator().manual_seed(1)
+    student, weight = (torch.randn(*size, generator=generator) for size in ((30, 8), (11, 8)))
+    tables = [torch.randn(11, 8, generator=generator) for _ in range(4)]
+    previous = torch.randint(2, 11, (6, 7), generator=generator)
+    real = torch.arange(7) < torch.tensor([7, 7, 5, 4, 4, 3])[:, None]
+    previous[~real] = 1
+    sample = {"net_input": {"src_tokens": previous, "prev_output_tokens": previous}, "target": previous}
+    pools = torch.tensor([2, 0, 1, 0, 2, 0])
+    parts = SplitByTeacher([0, 1, 2], lambda _: pools, 1)(sample)
+    target, weights = torch.randint(11, (30,), generator=generator), Weights(0.7, 0.3, 0.1, 1.0)
+    selected = torch.rand(30, generator=generator) < rate
+
+    def of(put_there):
+        project = partial(LinearLogits, weight=put_there(weight))
+        teachers = [
+            Teacher([_ByPreviousWord(put_there(x)) for x in group], [project] * len(group))
+            for group in (tables[:1], tables[1:3], tables[3:])
+        ]
+        several = TeachersByLanguage([lambda x=x: x for x in teachers], lambda _: parts)
+        moved = {
+            "net_input": {name: put_there(x) for name, x in sample["net_input"].items()},
+            "target": put_there(sample["target"]),
+        }
+        output = several.output(moved, Positions(put_there(real), lambda: 30))
+        chosen = put_there(selected)
+        if rate < 1:
+            output = of_tokens(output, true_first(chosen)[: int(selected.sum())])
+        leaves = LinearLogits(*(put_there(x).requires_grad_() for x in (student, weight)))
+        result = chunked_loss(leaves, put_there(target), chosen, output, weights, rows=4, count=int(selected.sum()))
+        return result, torch.autograd.grad(result.loss, leaves[:2])
+
+    there, gradients = of(lambda x: x.clone())
+    with Pretend():
+        found, on_device = of(put)
+    for expected, got in zip((*there, *gradients), (*found, *on_device)):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-6)
+    probs = torch.stack(
+        [
+            torch.stack([tables[i][word] @ weight.t() for i in ids]).softmax(1).mean(0)
+            for row, ids in zip(range(6), ([3], [0], [1, 2], [0], [3], [0]))
+            for word in previous[row][real[row]]
+        ]
+    )
+    leaves = LinearLogits(student.clone().requires_grad_(), weight.clone().requires_grad_())
+    whole = chunked_loss(leaves, target, selected, [GivenLogits(probs.log()[selected])], weights, rows=4)
+    for expected, got in zip((*whole, *torch.autograd.grad(whole.loss, leaves[:2])), (*there, *gradients)):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [*STRATEGIES.values(), SharedWindow])

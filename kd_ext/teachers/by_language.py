@@ -187,7 +187,7 @@ class _Asked:
         self._parts, self._sample, self._positions = parts, sample, positions
         self._lengths = Fetched(positions.mask.sum(1))
         rows = torch.tensor([row for part in parts for row in part.rows])
-        if positions.mask.is_cuda:  # pinned, so that nobody waits
+        if positions.mask.device.type == "cuda":  # pinned, so that nobody waits
             rows = rows.pin_memory().to(positions.mask.device, non_blocking=True)
         self._rows = rows.to(positions.mask.device)
 
