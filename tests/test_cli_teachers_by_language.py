@@ -137,7 +137,7 @@ def test_a_file_that_says_so(train, teacher, other, tmp_path):
     file = tmp_path / "teachers.txt"
     file.write_text(f"hi={teacher}\n\n... = {other}\n")
     flags = [*KD, *strategy_flags("word_level"), "--max-update", 3]
-    assert train(tmp_path / "a", *flags, PATH, file).returncode == 0
+    assert train(tmp_path / "a", *flags, PATH, file, "--num-workers", 2).returncode == 0
     assert train(tmp_path / "b", *flags, PATH, f"hi={teacher},...={other}").returncode == 0
     assert_same_run(tmp_path / "a/checkpoint_last.pt", tmp_path / "b/checkpoint_last.pt")
     # a checkpoint whose name has a '=' is one teacher
