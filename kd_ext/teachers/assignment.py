@@ -9,7 +9,7 @@ from fairseq import utils
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.reading import require_regular
-from kd_ext.teachers.load import FLAG
+from kd_ext.teachers.kinds import FLAG
 
 REST = "..."
 _LONGEST = 1 << 20  # bytes of a file that says so

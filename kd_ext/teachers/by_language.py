@@ -17,7 +17,7 @@ from kd_ext.modules.fetched import Fetched
 from kd_ext.modules.parted_logits import PartedLogits
 from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
-from kd_ext.teachers.load import FLAG
+from kd_ext.teachers.kinds import FLAG
 
 _PARTS = "teacher_parts"  # of a batch that brings them along
 
