@@ -238,7 +238,7 @@ def test_what_the_log_says(tmp_path, caplog):
 
 def test_a_file_of_tags(tmp_path):
     lines = ["a=b w", "c,d w w", "# w", "w w"]
-    (tmp_path / "tags.txt").write_text("a=b\n\n c,d \n#\n")
+    (tmp_path / "tags.txt").write_text("\ufeffa=b\n\n c,d \n#\n", encoding="utf-8")
     assert by_name(languages_of(tmp_path, lines, "--kd-language-tags", str(tmp_path / "tags.txt"))) == {
         **{"a=b": 1, "c,d": 1, "#": 1, "untagged": 1}
     }

@@ -166,7 +166,7 @@ def _lines(flag: str, path: str) -> List[str]:
     """The lines of a small text file, without the empty ones."""
     require_regular(path)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return [line.strip() for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{flag}: cannot be read as text: {error}; a file with one tag in each line") from error
@@ -246,7 +246,7 @@ class _TrainingSet:
     def sentences(self, doing: str) -> Iterator[Sentences]:
         """All of them, some at a time, with a bar that says what is being done."""
         total = sum(len(part) for part in self._parts)
-        with tqdm(desc=doing, total=total, unit="sentence", leave=False, delay=2) as bar:
+        with tqdm(desc=doing, total=total, unit="sentence", leave=False, delay=2, mininterval=2) as bar:
             for part in self._parts:
                 for sentences in sentences_of(part.src if self._side == "source" else part.tgt):
                     if self._side == "target" and part.eos not in self._specials:  # what the decoder begins with

@@ -125,7 +125,7 @@ def _lines(path: str) -> Optional[List[str]]:
     with open(path, "rb") as file:
         content = file.read()
     try:
-        lines = [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         return None
     if not lines or "=" not in lines[0] or "\0" in lines[0]:

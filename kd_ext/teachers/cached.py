@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import zlib
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from kd_ext.files.trained_with import of_dictionaries
 from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.top_probs import TopProbs, top_probs
+from kd_ext.teachers.by_language import TeachersByLanguage
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class TeacherSource(NamedTuple):
 
     path: Optional[str]
     identify: Callable[[], str]
-    load: Callable[[], Teacher]
+    load: Callable[[], Union[Teacher, TeachersByLanguage]]
 
 
 class CachedTeacher:
@@ -80,7 +81,7 @@ class CachedTeacher:
         self._temperature, self._vocabulary, self._pad = temperature, len(words), words.pad()
         self._dictionaries = of_dictionaries(student_task.source_dictionary, words)
         self.identity: str = source.identify() if source.path else self._recorded_identity()
-        self._teacher: Optional[Teacher] = None
+        self._teacher: Union[Teacher, TeachersByLanguage, None] = None
         self._place: Optional[Tuple[torch.device, torch.dtype]] = None
         self._compiles = False
         self._opened: Optional[CacheFiles] = None
