@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from commands import ROOT, run_as_typed
+from commands import PLUGIN, ROOT, run, run_as_typed
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, needs_half
 from test_resume import is_trained
 
@@ -123,3 +123,21 @@ def test_unused_flags_are_said(distil, tmp_path):
     assert "--alpha 0.3 has no effect with --kd-strategy batch_level" in result.output
     assert "--kd-queue-size 7 has no effect with --kd-strategy batch_level" in result.output
     assert "--kd-queue-window shared has no effect with --kd-strategy batch_level" in result.output
+
+
+def test_a_run_that_was_begun_without_the_plugin(data, tmp_path):
+    """fairseq alone cannot go on from its own checkpoints with torch >= 2.6; given --user-dir kd_ext, it can."""
+    assert TRAINING[: len(PLUGIN)] == PLUGIN
+    own = [
+        "--arch",
+        "transformer",
+        *SIZES,
+        "--save-dir",
+        tmp_path / "run",
+        "--criterion",
+        "label_smoothed_cross_entropy",
+    ]
+    for flags, updates in ((TRAINING[len(PLUGIN) :], 3), (TRAINING, 6)):
+        result = run(tmp_path / "log", "fairseq-train", data, *flags, *own, "--max-update", updates)
+        assert result.returncode == 0, result.output
+    assert len(logged(result.output, "loss")) == 3
