@@ -46,6 +46,10 @@ def anywhere(line):
     return next((word for word in line.split() if word in SCRIPTS.values()), None)
 
 
+def of_source(line):
+    return next(word for word in line.split() if word.startswith("__src__"))
+
+
 # of each convention: how a line is written, the flags, and the plain script that reads the tag
 CONVENTIONS = {
     "the document's": ("__src__{l} __tgt__en {w}", [], of_first),
@@ -59,6 +63,8 @@ CONVENTIONS = {
     "M2M-100, two": ("__{l}__ __en__ {w}", ["--kd-language-tag", "__"], of_first),
     "<2hi>": ("<2{l}> {w}", ["--kd-language-tag", "<2"], of_first),
     "OPUS-MT": (">>{l}<< {w}", ["--kd-language-tag", ">>"], of_first),
+    "sentencepiece": ("\u2581 __src__{l} \u2581 __tgt__en {w} \u2581 w1 \u2581", [], of_source),
+    "sentencepiece, mBART": ("\u2581 {w} \u2581 w1 \u2581 [{r}]", ["--kd-language-tag", "["], of_last),
     "marked": ("{m}__src__{l} __tgt__en {w}", [], after_marks),
     "marked target": ("{m}__src__en __tgt__{l} {w}", ["--kd-language-tag", "__tgt__"], after_source),
     "marked IndicTrans2": ("{m}{s} eng_Latn {w}", LIST, anywhere),

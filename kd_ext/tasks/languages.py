@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 PREFIX_FLAG, LIST_FLAG, SIDE_FLAG = "--kd-language-tag", "--kd-language-tags", "--kd-language-side"
 DEFAULT_PREFIX = "__src__"
 SIDES = ("source", "target")
+# sentencepiece's beginning of a word: of a tag that it was told of it makes two pieces, this and the tag
+BOUNDARY = "\u2581"
 # A language has next to none of the sentences if it has fewer than so many, or than this part of an even share.
 FEW_SENTENCES, FEW_PART = 10, 1e-3
 _SHOWN = 8
@@ -94,6 +96,8 @@ def find_languages(task: Any) -> Languages:
     side = task.cfg.kd_language_side
     words = task.source_dictionary if side == "source" else task.target_dictionary
     specials = {*range(words.nspecial), words.bos(), words.pad(), words.eos(), words.unk()}
+    if BOUNDARY in words.indices:
+        specials.add(words.indices[BOUNDARY])
     found = _read_flags(task.cfg, words, specials, side)
     if found.words:
         tags = LanguageTags(found.words, len(words), specials)
@@ -270,7 +274,9 @@ def _log(flag: str, languages: Languages) -> None:
 
 def _warn_of_few(flag: str, languages: Languages) -> None:
     of_languages = dict(zip(languages.pools[:-1], languages.counts))
-    least = max(FEW_SENTENCES, FEW_PART * sum(languages.counts) / len(of_languages))
+    least = max(# sentencepiece's beginning of a word: of a tag that it was told of it makes two pieces, this and the tag
+BOUNDARY = "\u2581"
+FEW_SENTENCES, FEW_PART * sum(languages.counts) / len(of_languages))
     few = [f"{name} {count}" for name, count in of_languages.items() if count < least]
     if few:
         logger.warning("%s: next to no sentence is of %s", flag, ", ".join(few))
