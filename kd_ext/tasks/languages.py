@@ -274,9 +274,7 @@ def _log(flag: str, languages: Languages) -> None:
 
 def _warn_of_few(flag: str, languages: Languages) -> None:
     of_languages = dict(zip(languages.pools[:-1], languages.counts))
-    least = max(# sentencepiece's beginning of a word: of a tag that it was told of it makes two pieces, this and the tag
-BOUNDARY = "\u2581"
-FEW_SENTENCES, FEW_PART * sum(languages.counts) / len(of_languages))
+    least = max(FEW_SENTENCES, FEW_PART * sum(languages.counts) / len(of_languages))
     few = [f"{name} {count}" for name, count in of_languages.items() if count < least]
     if few:
         logger.warning("%s: next to no sentence is of %s", flag, ", ".join(few))
