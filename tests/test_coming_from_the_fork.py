@@ -12,6 +12,10 @@ from conftest import KD, load
 from test_bad_usage import assert_refused
 from test_old_checkpoints import kl
 from test_resume import is_trained
+from test_teacher import student_task  # noqa: F401  a fixture
+
+from kd_ext.errors import ConfigError
+from kd_ext.teachers.load import Source, load_teacher
 
 TAGS = "__src__hi,__src__ta,__src__bn"
 ADAPTERS = dict(add_adapters=False, adapter_ids=None, adapter_reduction_factor=2, train_adapter=None)
@@ -165,3 +169,40 @@ def test_the_base_below_adapters(train, generate_with, teacher, tmp_path):
     result = train(tmp_path / "base", *flags, "--finetune-from-model", path, arch="transformer_ext")
     assert result.returncode == 0, result.output
     assert re.search(r"liberally: unexpected: .*adapter_block", result.output)
+
+
+def factorized(name, tensor):
+    if not name.endswith("embed_tokens.weight"):
+        return {name: tensor}
+    return {name.replace("weight", "emb.weight"): tensor[:, :4], name.replace("weight", "up.weight"): tensor[:16, :4]}
+
+
+def without_biases_of_norms(name, tensor):
+    return {} if name.endswith("layer_norm.bias") else {name: tensor}
+
+
+def with_lora(name, tensor):
+    more = {name.replace("weight", "lora_A"): tensor[:2]} if name.endswith("v_proj.weight") else {}
+    return {name: tensor, **more}
+
+
+def with_fewer_heads_of_keys(name, tensor):
+    return {name: tensor[:8] if ".k_proj." in name or ".v_proj." in name else tensor}
+
+
+WEIGHTS = {
+    factorized: of_each_side(factorized_embed_dim=4),
+    without_biases_of_norms: of_each_side(use_rmsnorm=True),
+    with_lora: {"lora_args": '{"r": 2}'},
+    with_fewer_heads_of_keys: of_each_side(kv_attention_heads=1),
+}
+
+
+@pytest.mark.parametrize("change", WEIGHTS, ids=lambda change: change.__name__)
+def test_weights_that_only_the_fork_has_a_place_for(student_task, teacher, tmp_path, change):  # noqa: F811
+    path = as_the_fork_wrote_it(tmp_path / "x.pt", teacher, "--kd-args", **WEIGHTS[change])
+    state = load(path)
+    state["model"] = {k: v for name, tensor in state["model"].items() for k, v in change(name, tensor).items()}
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match="weights do not fit"):
+        load_teacher(Source(str(path), f"{{'data': '{student_task.cfg.data}'}}"), student_task)
