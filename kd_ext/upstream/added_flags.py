@@ -2,11 +2,13 @@
 
 import copy
 from argparse import Namespace
-from typing import Any, Dict
+from typing import Any, Dict, Set
 
 from fairseq.dataclass.configs import OptimizationConfig
 
 from kd_ext.overrides import parse_overrides
+
+ADDED: Set[str] = set()  # the names of the switches
 
 
 def add_switch(group: type, name: str, text: str) -> None:
@@ -26,6 +28,7 @@ def add_switch(group: type, name: str, text: str) -> None:
     group.__dataclass_fields__[name] = switch  # type: ignore[attr-defined]
     group.__annotations__[name] = bool
     setattr(group, name, switch.default)
+    ADDED.add(name)
 
 
 def fold_into_overrides(args: Namespace, settings: Dict[str, Any]) -> None:
