@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_ext.errors import ConfigError
 from kd_ext.exporting.adapter_layers import with_adapters_as_layers, without_adapters
 from kd_ext.exporting.factors import with_one_projection, without_factors
-from kd_ext.exporting.settings import upstream_settings
+from kd_ext.exporting.settings import checkpoint_settings, model_settings
 from kd_ext.exporting.student import Student
 from kd_ext.exporting.unroll import unrolled
 from kd_ext.models.extension_flags import SIDES, Extensions
@@ -93,20 +93,20 @@ def as_upstream(student: Student, data: str, one_projection: bool = False) -> Pl
         ConfigError: upstream's model computes something else with them
     """
     weights, done = upstream_weights(student.model.state_dict(), student.extensions, torch.float32, one_projection)
-    groups = upstream_settings(student.settings, student.task.cfg, weights, data)
+    settings = model_settings(student.settings, weights)
     try:
-        model = build_plain(groups, weights, student.task)
+        model = build_plain(settings, weights, student.task)
     except Exception as error:  # whatever upstream's class answers to weights that do not suit it
         said = " ".join(str(error).split())[:300]
         raise ConfigError(f"{student.path}: upstream's transformer has no place for its weights ({said})") from error
     _check_same(student, model)
-    return Plain(weights, groups, done, model)
+    return Plain(weights, checkpoint_settings(settings, student.task.cfg, data), done, model)
 
 
-def build_plain(groups: Dict[str, Any], weights: Dict[str, Tensor], task: TranslationTask) -> nn.Module:
+def build_plain(settings: Dict[str, Any], weights: Dict[str, Tensor], task: TranslationTask) -> nn.Module:
     """Upstream's model with these settings and weights, in evaluation mode."""
     with random_state_kept():
-        model = build_model(Namespace(**groups["model"]), task)
+        model = build_model(Namespace(**settings), task)
     model.load_state_dict(dict(weights), strict=True)
     return model.eval()
 

@@ -20,14 +20,12 @@ _LEFT_OUT = ("encoder_embed_path", "decoder_embed_path", "encoder_layers_to_keep
 _OFF = ("checkpoint_activations", "offload_activations")
 
 
-def upstream_settings(model: Namespace, task: Any, weights: Dict[str, Tensor], data: str) -> Dict[str, Any]:
-    """The groups of settings of a checkpoint, as fairseq from 0.10 on saves them.
+def model_settings(model: Namespace, weights: Dict[str, Tensor]) -> Dict[str, Any]:
+    """What upstream's ``transformer`` is built from.
 
     Args:
         model: the student's own settings, every one that its class reads
-        task: its task's, with languages
         weights: the exported ones, by name
-        data: the folder in which its dictionaries are to be looked for
     """
     known = settings_read(Namespace(_name=ARCHITECTURE)) - set(_LEFT_OUT)
     values = {key: getattr(model, key) for key in sorted(known) if hasattr(model, key)}
@@ -38,8 +36,19 @@ def upstream_settings(model: Namespace, task: Any, weights: Dict[str, Tensor], d
         values[f"{side}_ffn_embed_dim"] = weights[f"{side}.layers.0.fc1.bias"].size(0)
     out = weights.get(PROJECT_OUT)
     values["decoder_output_dim"] = values["decoder_embed_dim"] if out is None else out.size(0)
-    values.update({key: task.get(key) for key in TranslationConfig.__dataclass_fields__ if not _is_of_a_run(key)})
-    values.update(arch=ARCHITECTURE, _name=ARCHITECTURE, task=TASK, data=data)
+    return {**values, "arch": ARCHITECTURE, "_name": ARCHITECTURE}
+
+
+def checkpoint_settings(model: Dict[str, Any], task: Any, data: str) -> Dict[str, Any]:
+    """The groups of settings of a checkpoint, as fairseq from 0.10 on saves them.
+
+    Args:
+        model: from :func:`model_settings`
+        task: the student's task's, with languages
+        data: the folder in which its dictionaries are to be looked for
+    """
+    of_task = {key: task.get(key) for key in TranslationConfig.__dataclass_fields__ if not _is_of_a_run(key)}
+    values = {**model, **of_task, "task": TASK, "data": data}
     groups = OmegaConf.to_container(convert_namespace_to_omegaconf(Namespace(**values)), resolve=True, enum_to_str=True)
     for group in groups.values():
         for key in ADDED if isinstance(group, dict) else ():
