@@ -8,7 +8,8 @@ from commands import PLUGIN, Result, run
 from corpus import preprocess
 
 import kd_ext  # noqa: F401  lets checkpoints of fairseq be read
-from kd_ext.files.safe_loading import load  # noqa: F401  used by the tests
+from kd_ext.files.safe_loading import load
+from kd_ext.modules.adapter import Adapter
 
 SIZES = ["--encoder-layers", "1", "--decoder-layers", "1", "--encoder-attention-heads", "2"]
 SIZES += ["--decoder-attention-heads", "2", "--encoder-embed-dim", "16", "--decoder-embed-dim", "16"]
@@ -96,6 +97,43 @@ def student(distil, tmp_path_factory):
     result = distil(save_dir, "--max-update", "20", strategy="global_language_wise")
     assert result.returncode == 0, result.output
     return save_dir / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="session")
+def exportable(train, tmp_path_factory):
+    """Checkpoints by name: a stacked and factorized one, an untied one, and one with adapters of random values."""
+    folder = tmp_path_factory.mktemp("exportable")
+
+    def trained(name, *flags):
+        flags = [*flags, "--criterion", "label_smoothed_cross_entropy", "--max-update", "30"]
+        result = train(folder / name, *flags, "--no-epoch-checkpoints", arch="transformer_ext")
+        assert result.returncode == 0, result.output
+        return folder / name / "checkpoint_last.pt"
+
+    compact = ["--encoder-recurrent-stacking", "3", "--decoder-recurrent-stacking", "2"]
+    compact += ["--encoder-factorized-embed-dim", "8", "--decoder-factorized-embed-dim", "8"]
+    base = trained("base", "--encoder-normalize-before", "--decoder-normalize-before", "--share-all-embeddings")
+    adapted = folder / "adapted.pt"
+    torch.save(with_adapters(load(base)), adapted)
+    return {
+        "compact": trained("compact", *compact, "--share-all-embeddings"),
+        "untied": trained("untied", *compact, "--layernorm-embedding", "--decoder-learned-pos"),
+        "adapted": adapted,
+    }
+
+
+def with_adapters(state, gated=False):
+    """A checkpoint of one layer a side, 16 wide, with adapters hi and ta on it, of which hi is the trained one."""
+    generator = torch.Generator().manual_seed(1)
+    for side in ("encoder", "decoder"):
+        settings = {"add_adapters": True, "adapter_ids": "hi,ta", "train_adapter": "hi", "adapter_use_gating": gated}
+        vars(state["cfg"]["model"]).update({f"{side}_{name}": value for name, value in settings.items()})
+        for name in ("hi", "ta"):
+            adapter = Adapter(16, 8, "relu", 0.0, gated)
+            for part, tensor in adapter.state_dict().items():
+                noise = torch.randn(tensor.shape, generator=generator) * 0.3
+                state["model"][f"{side}.layers.0.adapters.{name}.{part}"] = tensor + noise
+    return state
 
 
 def pytest_runtest_logreport(report):

@@ -1,5 +1,6 @@
 """A student as upstream's ``transformer``: its weights by name, and the settings that they go with."""
 
+import re
 from argparse import Namespace
 from typing import Any, Dict, List, NamedTuple, Tuple
 
@@ -20,6 +21,7 @@ from kd_ext.modules.random_state import random_state_kept
 
 # Between log-probabilities: what a rounding more or less comes to in a deep model is less, what is lost is more.
 _TOLERANCE = 1e-3
+_UNSET = re.compile(r"\._float_tensor$")  # a buffer of fairseq's of which the dtype matters; it is never given a value
 
 
 class Plain(NamedTuple):
@@ -69,6 +71,7 @@ def upstream_weights(
     found = without_factors(without_adapters(found))
     if one_projection:
         found = with_one_projection(found)
+    found.update({name: torch.zeros(1) for name in found if _UNSET.search(name)})
     return _rounded(found, dtype), done
 
 

@@ -1,0 +1,156 @@
+"""--format ctranslate2: its own converter takes what is exported, and translates as fairseq does."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from commands import run_as_typed
+from conftest import load
+
+from kd_ext.errors import ConfigError
+from kd_ext.export import main
+from kd_ext.exporting import seven_bits
+
+ctranslate2 = pytest.importorskip("ctranslate2")
+
+
+def run_here(capsys, *arguments):
+    """The command in this process; what it printed."""
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["compact", "untied", "adapted"])
+def test_all_translations_are_the_same(kind, exportable, tmp_path, capsys):
+    output = run_here(capsys, exportable[kind], tmp_path / "out", "--format", "ctranslate2")
+    last = output.splitlines()[-1]
+    assert last.startswith("0 of 20 translations differ"), output
+    assert "20 sentences of" in last
+    assert float(last.split("by ")[1].split()[0]) < 1e-4
+    again = run_here(capsys, "--check", tmp_path / "out", exportable[kind])
+    assert again.splitlines()[-1].startswith("0 of 20 translations differ")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_as_typed(exportable, tmp_path):
+    flags = ["--format", "ctranslate2", "--quantization", "int8"]
+    result = run_as_typed("python", "-m", "kd_ext.export", exportable["compact"], tmp_path / "out", *flags)
+    assert result.returncode == 0, result.output
+    assert "of 20 translations differ" in result.last_line
+    assert "weights in int8, of 7 bits" in result.output
+    assert ctranslate2.contains_model(str(tmp_path / "out"))
+
+
+def test_ctranslate2s_own_command_takes_an_exported_checkpoint(exportable, tmp_path, capsys):
+    """Nothing but its converter: the same bytes."""
+    from ctranslate2.converters import FairseqConverter
+
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    run_here(capsys, exportable["compact"], tmp_path / "model.pt", "--format", "fairseq")
+    run_here(capsys, exportable["compact"], ours, "--format", "ctranslate2")
+    FairseqConverter(str(tmp_path / "model.pt"), str(tmp_path)).convert(str(theirs))
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
+    for name in os.listdir(ours):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_stacked_layers_are_stored_once(exportable, tmp_path, capsys):
+    run_here(capsys, exportable["compact"], tmp_path / "out", "--format", "ctranslate2")
+    weights = load(exportable["compact"])["model"]
+    layers = sum(x.numel() for name, x in weights.items() if ".layers." in name)
+    table = weights["encoder.embed_tokens.weight"].size(0) * 16
+    positions = 2 * 1024 * 16
+    assert os.path.getsize(tmp_path / "out" / "model.bin") < 4 * (layers + table + positions) + 10_000
+
+
+def test_weights_of_seven_bits():
+    weights = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
+    weights[2] = 0
+    numbers, scale = seven_bits.quantized_rows(weights)
+    assert numbers.dtype == np.int8
+    assert np.abs(numbers).max(axis=1).tolist() == [63, 63, 0, 63, 63]
+    for row, (whole, s) in enumerate(zip(numbers, scale)):
+        assert np.abs(whole / s - weights[row]).max() <= np.abs(weights[row]).max() / 126 + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [("int8", 7), ("int8", 8), ("int8_float16", 7), ("int8_bfloat16", 7), ("int16", None), ("float16", None)],
+)
+def test_quantizations(quantization, bits, exportable, tmp_path, capsys):
+    """Each is read, is smaller, and says nearly the same."""
+    run_here(capsys, exportable["compact"], tmp_path / "whole", "--format", "ctranslate2")
+    flags = ["--quantization", quantization, *(["--int8-bits", bits] if bits else [])]
+    output = run_here(capsys, exportable["compact"], tmp_path / "out", "--format", "ctranslate2", *flags)
+    sizes = [os.path.getsize(tmp_path / name / "model.bin") for name in ("out", "whole")]
+    assert sizes[0] < sizes[1]
+    assert float(output.splitlines()[-1].split("by ")[1].split()[0]) < 0.5
+
+
+def test_an_older_folder_is_replaced_and_no_other(exportable, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_here(capsys, exportable["compact"], out, "--format", "ctranslate2")
+    before = (out / "model.bin").read_bytes()
+    run_here(capsys, exportable["untied"], out, "--format", "ctranslate2")
+    assert (out / "model.bin").read_bytes() != before
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(ConfigError, match=r"with mine.txt in it"):
+        main([str(exportable["compact"]), str(out), "--format", "ctranslate2"])
+    assert (out / "mine.txt").read_text() == "kept"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_models_of_other_words_are_not_compared(exportable, tmp_path, capsys):
+    run_here(capsys, exportable["compact"], tmp_path / "out", "--format", "ctranslate2")
+    path = tmp_path / "out" / "shared_vocabulary.json"
+    words = json.loads(path.read_text())
+    path.write_text(json.dumps(words[:4] + words[:3:-1]))
+    with pytest.raises(ConfigError, match="their source dictionaries are not the same words"):
+        main(["--check", str(exportable["compact"]), str(tmp_path / "out")])
+
+
+def test_what_ctranslate2_lacks_is_named_feature_by_feature(exportable, tmp_path):
+    state = load(exportable["compact"])
+    vars(state["cfg"]["model"]).update(
+        encoder_attention_heads=4, activation_fn="tanh", no_token_positional_embeddings=True, quant_noise_pq=0.1
+    )
+    for name in list(state["model"]):
+        if "embed_positions" in name:
+            del state["model"][name]
+    for side in ("encoder", "decoder"):
+        state["model"][f"{side}.quant_noise.weight"] = torch.eye(16)
+    vars(state["cfg"]["model"]).update(encoder_recurrent_stacking=0, decoder_recurrent_stacking=0, encoder_layers=1,
+                                       decoder_layers=1, quant_noise_pq_block_size=2)  # fmt: skip
+    torch.save(state, exportable["compact"].parent / "odd.pt")
+    with pytest.raises(ConfigError) as error:
+        main([str(exportable["compact"].parent / "odd.pt"), str(tmp_path / "out"), "--format", "ctranslate2"])
+    for reason in (
+        "--decoder-attention-heads 2",
+        "--activation-fn tanh",
+        "--no-token-positional-embeddings",
+        "noise-pq",
+    ):
+        assert reason in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctranslate2_missing_is_one_line(exportable, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    with pytest.raises(ConfigError, match=r"--format ctranslate2: CTranslate2 is not installed .*pip install"):
+        main([str(exportable["compact"]), str(tmp_path / "out"), "--format", "ctranslate2"])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(exportable, tmp_path, monkeypatch):
+    from ctranslate2.specs.model_spec import ModelSpec
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelSpec, "_serialize", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        main([str(exportable["compact"]), str(tmp_path / "out"), "--format", "ctranslate2"])
+    assert os.listdir(tmp_path) == []
