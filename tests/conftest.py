@@ -103,16 +103,18 @@ def student(distil, tmp_path_factory):
 def exportable(train, tmp_path_factory):
     """Checkpoints by name: a stacked and factorized one, an untied one, and one with adapters of random values."""
     folder = tmp_path_factory.mktemp("exportable")
+    # enough for translations that differ from sentence to sentence
+    learning = ["--criterion", "label_smoothed_cross_entropy", "--lr", "0.02", "--max-tokens", "1000", "--dropout", "0"]
+    learning += ["--encoder-normalize-before", "--decoder-normalize-before", "--max-update", "120", "--max-epoch", "0"]
 
     def trained(name, *flags):
-        flags = [*flags, "--criterion", "label_smoothed_cross_entropy", "--max-update", "30"]
-        result = train(folder / name, *flags, "--no-epoch-checkpoints", arch="transformer_ext")
+        result = train(folder / name, *flags, *learning, "--no-epoch-checkpoints", arch="transformer_ext")
         assert result.returncode == 0, result.output
         return folder / name / "checkpoint_last.pt"
 
     compact = ["--encoder-recurrent-stacking", "3", "--decoder-recurrent-stacking", "2"]
-    compact += ["--encoder-factorized-embed-dim", "8", "--decoder-factorized-embed-dim", "8"]
-    base = trained("base", "--encoder-normalize-before", "--decoder-normalize-before", "--share-all-embeddings")
+    compact += ["--encoder-factorized-embed-dim", "12", "--decoder-factorized-embed-dim", "12"]
+    base = trained("base", "--share-all-embeddings")
     adapted = folder / "adapted.pt"
     torch.save(with_adapters(load(base)), adapted)
     return {

@@ -26,6 +26,7 @@ PARSERS = {
 }
 OWN = [path.stem for path in (ROOT / "kd_ext").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
 OTHERS = {"--editable", "--list", "--bare", "--config-dir", "--config-name"}  # of pip, nox, pyenv and Hydra
+OTHERS |= {"--model_path", "--data_dir", "--output_dir"}  # of CTranslate2
 
 
 def text(page) -> str:

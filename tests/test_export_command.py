@@ -21,9 +21,10 @@ def export(tmp_path_factory):
 
 
 def translations(output):
-    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", output, flags=re.M)
+    found = dict(re.findall(r"^H-(\d+)\t\S+\t(.*)$", output, flags=re.M))
     assert len(found) == 20
-    return dict(found)
+    assert len(set(found.values())) > 8
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +105,10 @@ def test_an_export_can_be_exported_replaced_and_checked(exportable, tmp_path, ex
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert export(exportable["untied"], once, "--format", "fairseq").returncode == 0
     result = export("--check", exportable["compact"], twice)
-    assert "0 of 20 translations differ" in result.last_line, result.output
+    assert re.match(r"0 of \d+ translations differ", result.last_line), result.output
     assert float(re.search(r"by (\S+) at most", result.last_line)[1]) < 2e-5
     result = export("--check", exportable["compact"], exportable["untied"])
-    assert "0 of 20" not in result.last_line
+    assert int(result.last_line.split()[0]) > 8
     assert float(re.search(r"by (\S+) at most", result.last_line)[1]) > 0.1
 
 
