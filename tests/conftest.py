@@ -106,6 +106,7 @@ def exportable(train, tmp_path_factory):
     # enough for translations that differ from sentence to sentence
     learning = ["--criterion", "label_smoothed_cross_entropy", "--lr", "0.02", "--max-tokens", "1000", "--dropout", "0"]
     learning += ["--encoder-normalize-before", "--decoder-normalize-before", "--max-update", "120", "--max-epoch", "0"]
+    learning += ["--disable-validation", "--save-interval", "1000"]
 
     def trained(name, *flags):
         result = train(folder / name, *flags, *learning, "--no-epoch-checkpoints", arch="transformer_ext")

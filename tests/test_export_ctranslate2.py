@@ -50,7 +50,7 @@ def test_as_typed(exportable, tmp_path):
     flags = ["--format", "ctranslate2", "--quantization", "int8"]
     result = run_as_typed("python", "-m", "kd_ext.export", exportable["compact"], tmp_path / "out", *flags)
     assert result.returncode == 0, result.output
-    assert "of 20 translations differ" in result.last_line
+    assert re.match(r"\d+ of \d+ translations differ", result.last_line)
     assert "weights in int8, of 7 bits" in result.output
     assert ctranslate2.contains_model(str(tmp_path / "out"))
 
