@@ -26,8 +26,9 @@ from kd_ext.sequences.work import Work
 from kd_ext.sequences.work_files import WorkFiles, take
 from kd_ext.upstream.command_line import list_alone
 
+TASK = "translation_with_kd"
 _OWN = ("destdir", "subset", "processes", "choose", "closest-by", "with-references", "max-ratio", "min-score")
-_OWN += ("rescore", "drop-worst", "teacher-user-dir")
+_OWN += ("rescore", "drop-worst", "teacher-user-dir", "kd-language-tag", "kd-language-tags", "kd-language-side")
 # the flags of a teacher in training, as this command has them
 _NAMES = {"--teacher-checkpoint-path": "--path", "--teacher-model-overrides": "--model-overrides"}
 
@@ -158,7 +159,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: one is missing or out of range
     """
-    parser = fairseq_options.get_generation_parser(default_task="translation")
+    parser = fairseq_options.get_generation_parser(default_task=TASK)
     parser.prog, parser.description = "python -m kd_ext.sequence_distillation", __doc__
     parser.add_argument("--destdir", metavar="DIR", help="the folder to make")
     parser.add_argument("--subset", default="train", metavar="NAME", help="the set to translate")
@@ -186,7 +187,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--drop-worst {args.drop_worst}: by which scores? name a model by --rescore")
     if args.rescore and not args.drop_worst:
         raise ConfigError(f"--rescore {args.rescore}: nothing is dropped; say which share by --drop-worst")
-    if args.task != "translation":
+    if args.task != TASK:
         raise ConfigError(f"--task {args.task}: the data is read as by translation; leave the flag out")
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 4000

@@ -477,3 +477,21 @@ def test_a_disk_that_fills_up(best, data, teacher, tmp_path, room):
     assert not (tmp_path / "out").exists()
     made_of(data, teacher, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(best[0])
+
+
+def test_a_teacher_for_each_language(data, teacher, student, tmp_path):
+    """Each sentence is translated as by its language's teacher alone."""
+    for name, path in (("base", teacher), ("of_hi", student)):
+        made_of(data, path, tmp_path / name)
+    made_of(data, f"hi={student},...={teacher}", tmp_path / "out")
+    sources, base = both_sides(tmp_path / "base")
+    _, of_hi = both_sides(tmp_path / "of_hi")
+    wanted = [theirs if source.startswith("__src__hi ") else ours for source, ours, theirs in zip(sources, base, of_hi)]
+    assert wanted != base
+    assert wanted != of_hi
+    assert both_sides(tmp_path / "out") == [sources, wanted]
+    made_of(data, f"hi={student},...={teacher}", tmp_path / "two", "--processes", "2")
+    assert contents(tmp_path / "two") == contents(tmp_path / "out")
+    message = refused(data, f"hi={student}", tmp_path / "none")
+    assert "--path" in message
+    assert "none for" in message

@@ -2,7 +2,7 @@
 
 import hashlib
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from fairseq.data import data_utils
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.trained_with import of_dictionaries
+from kd_ext.modules.chunked_logits import spans
 from kd_ext.sequences.choosing import Hypothesis, Taken, choose, failure_of, sentence_metric
 from kd_ext.sequences.decoding import Decoder
 from kd_ext.sequences.reverse_scores import ReverseScores
+from kd_ext.teachers.assignment import Assignment, is_by_language, read_assignment
 from kd_ext.teachers.check import in_a_line
 from kd_ext.teachers.load import Source, identify_teacher, load_models, load_teacher
 
@@ -33,6 +35,7 @@ class Work:
     def __init__(self, cfg: Any, options: Any, part: int) -> None:
         self.cfg, self.options = cfg, options
         self.folder = utils.split_paths(cfg.task.data)[part]
+        cfg.task.train_subset = options.subset  # whose tags are looked at
         try:
             self.task = tasks.setup_task(cfg.task)
             self.task.load_dataset(options.subset, epoch=part + 1, combine=True)
@@ -48,17 +51,52 @@ class Work:
         use_cuda = torch.cuda.is_available() and not cfg.common.cpu
         self.device = torch.device("cuda" if use_cuda else "cpu")
         self.dtype = torch.half if cfg.common.fp16 else torch.bfloat16 if cfg.common.bf16 else torch.float32
-        self._teacher = Source(cfg.common_eval.path, cfg.common_eval.model_overrides, options.teacher_user_dir)
+        self._assignment = self._read_assignment()
         self._reverse = Source(options.rescore) if options.rescore else None
-        self.batches = self._batches()
+        # of each teacher its own, one teacher after the other
+        self.batches, self._teachers = [], []
+        for teacher, sentences in enumerate(self._sentences_of_teachers()):
+            batches = self._batches(sentences)
+            self.batches += batches
+            self._teachers += [teacher] * len(batches)
 
-    def _batches(self) -> List[np.ndarray]:
-        """All of the set, the longest sources first: the slowest batch, and the largest, is the first."""
+    def _read_assignment(self) -> Optional[Assignment]:
+        """Which teacher a language has; None: all have the same."""
+        path = self.cfg.common_eval.path
+        if not is_by_language(path):
+            return None
+        languages = self.task.languages
+        return read_assignment(path, languages.pools, languages.names, languages.counts)
+
+    def _sentences_of_teachers(self) -> List[np.ndarray]:
+        """Which sentences of the set each teacher translates."""
+        everything = np.arange(len(self.dataset))
+        if self._assignment is None:
+            return [everything]
+        of_pools = np.array([-1 if teacher is None else teacher for teacher in self._assignment.of_pools])
+        found = [everything[:0]]
+        for first, last in spans(0, len(everything), 1000):
+            sample = self.dataset.collater([self.dataset[i] for i in range(first, last)])
+            pools = self.task.languages.of_batch(sample)[sample["id"].argsort()]
+            found.append(of_pools[pools.numpy()])
+        teachers = np.concatenate(found)
+        return [everything[teachers == number] for number in range(len(self._assignment.paths))]
+
+    def _sources(self) -> List[Source]:
+        """Of each teacher what the flags say."""
+        common, user_dir = self.cfg.common_eval, self.options.teacher_user_dir
+        paths = [common.path] if self._assignment is None else self._assignment.paths
+        return [Source(path, common.model_overrides, user_dir) for path in paths]
+
+    def _batches(self, sentences: np.ndarray) -> List[np.ndarray]:
+        """All of them, the longest sources first: the slowest batch, and the largest, is the first."""
+        if len(sentences) == 0:
+            return []
         lengths = np.asarray(self.dataset.src_sizes, dtype=np.int64)
-        order = np.lexsort((np.arange(len(lengths)), -lengths))
+        order = sentences[np.lexsort((sentences, -lengths[sentences]))]
         limits = self.cfg.dataset.max_tokens, self.cfg.dataset.batch_size
         # at least one sentence is in a batch
-        longest = max(int(lengths.max()) if len(lengths) else 1, limits[0] or 0)
+        longest = max(int(lengths[order].max()), limits[0] or 0)
         return data_utils.batch_by_size(
             order,
             num_tokens_fn=lambda i: lengths[i],
@@ -76,7 +114,7 @@ class Work:
             "format": FORMAT,
             "data": hashlib.sha256(sizes.tobytes()).hexdigest()[:16],
             **of_dictionaries(self.task.source_dictionary, self.task.target_dictionary),
-            "teacher": identify_teacher(self._teacher, self._student()),
+            "teacher": self._identity(),
             "--rescore": identify_teacher(self._reverse, self._student(True)) if self._reverse else None,
             "--max-tokens": dataset.max_tokens,
             "--batch-size": dataset.batch_size,
@@ -86,6 +124,14 @@ class Work:
             "--post-process": self.cfg.common_eval.post_process,
             "generation": generation,
         }
+
+    def _identity(self) -> str:
+        teachers = [identify_teacher(source, self._student()) for source in self._sources()]
+        return (
+            teachers[0]
+            if self._assignment is None
+            else self._assignment.identity(self.task.languages.identity, teachers)
+        )
 
     def _student(self, reverse: bool = False) -> Any:
         """What a teacher is loaded for: the data's words and languages, and no limit of its own to lengths."""
@@ -108,15 +154,20 @@ class Work:
         pending = [number for number in range(len(self.batches)) if number not in done][index::processes]
         if not pending:
             return
-        models = load_models(self._teacher, self._student())
-        limits = [one.model.max_positions() for one in models]
-        added = models[0].layout.added if models[0].layout is not None else (0, 0)
-        longest = min(limit[0] for limit in limits) - added[0]
-        decoder = Decoder(models, self.task, self.cfg, self.device, self.dtype)
-        scores = self._load_reverse()
+        scores, loaded = self._load_reverse(), -1
         for number in pending:
+            if self._teachers[number] != loaded:
+                loaded = self._teachers[number]
+                decoder, longest = self._load(self._sources()[loaded])
             torch.manual_seed(self.cfg.common.seed * 1_000_003 + number)  # --sampling: the same in any process
             yield number, self._batch(self.batches[number], decoder, scores, longest)
+
+    def _load(self, source: Source) -> Tuple[Decoder, int]:
+        """What translates, and how long a source may be."""
+        models = load_models(source, self._student())
+        added = models[0].layout.added if models[0].layout is not None else (0, 0)
+        longest = min(one.model.max_positions()[0] for one in models) - added[0]
+        return Decoder(models, self.task, self.cfg, self.device, self.dtype), longest
 
     def _load_reverse(self) -> Optional[ReverseScores]:
         if self._reverse is None:
