@@ -114,7 +114,7 @@ def test_a_checkpoint_holds_nothing_of_the_teacher(student, teacher):
     state, teachers = load(student), load(teacher)
     assert state["model"].keys() == teachers["model"].keys()  # of the same architecture
     assert state["criterion"] is None
-    assert state["task_state"]["kd"].keys() == {"strategy", "queues"}
+    assert state["task_state"]["kd"].keys() == {"strategy", "queues", "languages"}
 
 
 def test_unused_flags_are_said(distil, tmp_path):

@@ -165,7 +165,7 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
 
 def announce(out: Path, step: Step) -> None:
     """Do a step, and say so in a line."""
-    label = f"{step.name:25}"
+    label = f"{step.name:28}"
     print(label, end="", flush=True)
     start = time.monotonic()
     outcome = "not done"
