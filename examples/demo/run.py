@@ -250,9 +250,7 @@ def read_results(out: Path) -> Dict[str, Dict[str, Any]]:
     """What the steps wrote, by the rows of the table."""
     speeds = json.loads((out / SPEEDS / "speeds.json").read_text(encoding="utf-8"))
     folders = {model.name: f"{model.name}-translated" for model in recipes.MODELS}
-    folders.update(
-        {recipes.served(quantization): recipes.served(quantization) for quantization in recipes.QUANTIZATIONS}
-    )
+    folders.update({recipes.served(kind): recipes.exported(kind) for kind in recipes.QUANTIZATIONS})
     results = {
         name: json.loads((out / folder / "scores.json").read_text(encoding="utf-8")) for name, folder in folders.items()
     }
