@@ -272,7 +272,10 @@ def test_settings_that_make_no_model(teacher, data, tmp_path):
     for key, value in (("encoder_embed_dim", 0), ("decoder_layers", -1), ("encoder_layers", 3), ("arch", "nothing")):
         path = with_setting(teacher, tmp_path / "odd.pt", **{key: value, **({"_name": value} if key == "arch" else {})})
         result = run(tmp_path / "log", "fairseq-generate", data, *PLUGIN, "--cpu", "--path", path)
-        assert result.last_line.startswith(f"kd_ext: error: {path}: no model can be made of its settings and weights (")
+        said = (
+            "its architecture 'nothing' is not registered" if key == "arch" else "no model can be made of its settings"
+        )
+        assert result.last_line.startswith(f"kd_ext: error: {path}: {said}")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from commands import ROOT, run, run_as_typed
+from commands import PLUGIN, ROOT, run, run_as_typed
 from conftest import KD, SIZES, TRAINING, load
 from test_bad_usage import assert_refused
 from test_cli_inference import hypotheses
@@ -106,7 +106,17 @@ def typed(data, teacher, traced):
 
     def typed(save_dir, *flags, updates, arch="transformer"):
         save_dir.mkdir(parents=True, exist_ok=True)
-        given = [data, *TRAINING, *traced, "--arch", arch, *SIZES, *KD, "--teacher-checkpoint-path", teacher]
+        given = [
+            data,
+            *traced,
+            *TRAINING[len(PLUGIN) :],
+            "--arch",
+            arch,
+            *SIZES,
+            *KD,
+            "--teacher-checkpoint-path",
+            teacher,
+        ]
         given += ["--dropout", "0", "--no-epoch-checkpoints", "--save-dir", save_dir, "--max-update", updates, *flags]
         result = run(save_dir / f"log{updates}", "fairseq-train", *given)
         assert result.returncode == 0, result.output
@@ -241,14 +251,26 @@ def test_a_model_without_layers(data, tmp_path, traced):
     small = ["--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--decoder-out-embed-dim", 16]
     small += ["--encoder-layers", "[(16, 3)]", "--decoder-layers", "[(16, 3)]", "--max-update", 1]
     small += ["--criterion", "label_smoothed_cross_entropy", "--save-dir", tmp_path / "fconv"]
-    result = run(tmp_path / "log", "fairseq-train", data, *TRAINING, *traced, "--arch", "fconv", *small, *COMPILE)
+    result = run(
+        tmp_path / "log", "fairseq-train", data, *traced, *TRAINING[len(PLUGIN) :], "--arch", "fconv", *small, *COMPILE
+    )
     assert_refused(result, tmp_path / "fconv", "--torch-compile: a FConvModel has no layers", "leave it out")
 
 
 @needs_compiler
 def test_layers_of_another_kind(data, tmp_path, traced):
     """An LSTM's are cells."""
-    lstm = [data, *TRAINING, *traced, "--arch", "lstm", "--criterion", "label_smoothed_cross_entropy", "--dropout", 0]
+    lstm = [
+        data,
+        *traced,
+        *TRAINING[len(PLUGIN) :],
+        "--arch",
+        "lstm",
+        "--criterion",
+        "label_smoothed_cross_entropy",
+        "--dropout",
+        0,
+    ]
     lstm += ["--max-update", 5, "--no-save", "--encoder-embed-dim", 16, "--decoder-embed-dim", 16]
     lstm += ["--decoder-hidden-size", 16, "--encoder-hidden-size", 16, "--decoder-out-embed-dim", 16]
     runs = [run(tmp_path / "log", "fairseq-train", *lstm, *more) for more in ([], COMPILE)]

@@ -85,8 +85,9 @@ def _check_architecture(path: str) -> None:
             settings = model_settings(load(path))
     except ConfigError:  # that is said elsewhere
         return
-    name = get(settings, "_name") or get(settings, "arch")
-    if isinstance(name, str) and name not in {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}:
+    names = [name for name in (get(settings, "_name"), get(settings, "arch")) if isinstance(name, str)]
+    name = names[0] if names else None
+    if name is not None and name not in {**MODEL_REGISTRY, **ARCH_MODEL_REGISTRY}:
         raise ConfigError(
             f"{path}: its architecture '{name}' is not registered; name the folder that registers it by --user-dir (of "
             "a teacher by --teacher-user-dir); one that also does `import kd_ext` has this plugin with it"
