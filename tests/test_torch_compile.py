@@ -23,6 +23,8 @@ from kd_ext.errors import ConfigError
 from kd_ext.modules import compiled_layers
 from kd_ext.upstream import torch_compile
 
+OWN = TRAINING[len(PLUGIN) :]  # without --user-dir
+
 HAS_COMPILER = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 3)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="torch < 2.3")
 COMPILE = ["--torch-compile"]
@@ -251,9 +253,7 @@ def test_a_model_without_layers(data, tmp_path, traced):
     small = ["--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--decoder-out-embed-dim", 16]
     small += ["--encoder-layers", "[(16, 3)]", "--decoder-layers", "[(16, 3)]", "--max-update", 1]
     small += ["--criterion", "label_smoothed_cross_entropy", "--save-dir", tmp_path / "fconv"]
-    result = run(
-        tmp_path / "log", "fairseq-train", data, *traced, *TRAINING[len(PLUGIN) :], "--arch", "fconv", *small, *COMPILE
-    )
+    result = run(tmp_path / "log", "fairseq-train", data, *traced, *OWN, "--arch", "fconv", *small, *COMPILE)
     assert_refused(result, tmp_path / "fconv", "--torch-compile: a FConvModel has no layers", "leave it out")
 
 
