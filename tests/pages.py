@@ -14,7 +14,8 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 def blocks(text: str) -> List[str]:
     """The fenced blocks of a page that name no language: what is typed in a shell, or printed by it."""
-    return re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for language, block in found if not language]
 
 
 def lines_of(block: str) -> List[str]:

@@ -149,6 +149,10 @@ def test_what_fairseq_says_of_its_flags_is_one_line(separate, tmp_path, typed):
     assert end in result.last_line
 
 
+WITHOUT_SACREMOSES = (
+    "import sys; sys.modules['sacremoses'] = None; from fairseq.data.encoders import moses_tokenizer as moses; "
+    "moses.MosesTokenizer(moses.MosesTokenizerConfig())"
+)
 IN_A_WORKER = """
 import torch.multiprocessing, kd_ext
 from fairseq import utils
@@ -162,6 +166,11 @@ torch.multiprocessing.start_processes(work, nprocs=1, start_method="fork")
     ("raised", "expected"),
     [
         ("utils.get_activation_fn('x')", "kd_ext: error: --activation-fn x not supported"),
+        (
+            WITHOUT_SACREMOSES,
+            "kd_ext: error: Please install Moses tokenizer with: pip install sacremoses; "
+            "or give no 'moses' to --eval-bleu-detok or --tokenizer",
+        ),
         ("raise ValueError('of --somebody else')", "ValueError: of --somebody else"),  # not by fairseq
     ],
 )

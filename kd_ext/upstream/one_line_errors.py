@@ -16,7 +16,7 @@ def apply() -> None:
 
     Also one that was caught and raised as another: fairseq's trainer (0.12.2) turns whatever a model's
     ``load_state_dict`` raises into a plain ``Exception``. Also a ``???`` of a recipe that was given no value, and what
-    fairseq itself has against its flags: an error of one line that names one of them.
+    fairseq itself has against its flags: an error of one line that names one of them, or a package to install.
 
     hydra-core 1.0 catches every error and reports it itself, without this hook up to Python 3.9, and from 3.10 on
     with a TypeError of its own (``print_exception`` has no ``etype`` there). Its own switch turns that off.
@@ -37,9 +37,9 @@ def apply() -> None:
     sys.excepthook = excepthook
 
 
-_OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]")
+_OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]|pip install [a-z]")  # or of a package that a flag needs
 # what a flag's value or a model's settings are refused by
-_KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError)
+_KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError, ImportError)
 _AT_ITS_END = re.compile(  # of a traceback as text: the last frame, and what was raised there
     r'File "[^"]*[\\/](?:fairseq|fairseq_cli)[\\/][^"]*", line \d+, in \w+\n(?:    .*\n)*'
     rf"(?:{'|'.join(kind.__name__ for kind in _KINDS)}): (.*)\s*$"
@@ -47,6 +47,7 @@ _AT_ITS_END = re.compile(  # of a traceback as text: the last frame, and what wa
 _REMEDIES = {  # by what fairseq says
     r"requires a join(ed|t) dictionary": "source and target have other words: preprocess the data, and the teacher's, "
     "by fairseq-preprocess --joined-dictionary, or leave the flag out",
+    r"pip install sacremoses": "or give no 'moses' to --eval-bleu-detok or --tokenizer",
 }
 _DO_NOT_FIT = "Cannot load model parameters from checkpoint"  # how the trainer's Exception begins
 
