@@ -32,7 +32,7 @@ OTHERS |= {"--model_path", "--data_dir", "--output_dir"}  # of CTranslate2
 def text(page) -> str:
     """Without lines about flags that are not there, and without what is said of another project's."""
     lines = page.read_text().splitlines(True)
-    if page.stem == "coming-from-the-fork":
+    if page.stem in ("coming-from-the-fork", "indictrans2"):
         lines = of_this_project(lines)
     return "".join(line for line in lines if "no such flag" not in line)
 
@@ -46,7 +46,7 @@ def of_this_project(lines):
             here = cells.index("here") if "here" in cells else None
         if not line.startswith("|"):
             here = None
-            if not line.startswith("fairseq-") or "--user-dir kd_ext" in line:
+            if not line.startswith("fairseq-train ") or "--user-dir kd_ext" in line:
                 yield re.sub(r"^- the (first|second) .*", "", line)
         elif here is not None:
             yield f"{cells[here]}\n" if here < len(cells) else line
