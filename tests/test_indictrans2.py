@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from commands import ROOT, run
+from commands import PLUGIN, ROOT, run
 from conftest import KD, SIZES, TRAINING, load
 from pages import blocks, paste
 from test_old_checkpoints import kl
@@ -221,5 +221,20 @@ def test_a_teacher_of_model_configs(data, tmp_path):
     assert "architecture transformer_18_18" in result.output
     translating = ["--path", tmp_path / "student/checkpoint_last.pt", "--cpu", "--beam", 2, "--user-dir", both]
     result = run(tmp_path / "log", "fairseq-generate", data, *translating)
+    assert result.returncode == 0, result.output
+    assert "H-0" in result.output
+
+
+def test_as_deep_as_theirs(distil, data, tmp_path):
+    """18 + 18 layers, as their student has, for two updates; and it translates."""
+    deep = ["--encoder-layers", "18", "--decoder-layers", "18", "--activation-fn", "gelu", "--layernorm-embedding"]
+    deep += ["--encoder-normalize-before", "--decoder-normalize-before", "--share-decoder-input-output-embed"]
+    run_flags = ["--memory-efficient-bf16", "--update-freq", "2", "--max-update", "2"]
+    result = distil(tmp_path, *deep, *run_flags, strategy="word_level")
+    assert result.returncode == 0, result.output
+    assert "kd_kl" in result.output
+    path = tmp_path / "checkpoint_last.pt"
+    flags = [data, *PLUGIN, "--path", path, "--gen-subset", "test", "--beam", "1", "--max-len-b", "5", "--cpu"]
+    result = run(tmp_path / "generate.log", "fairseq-generate", *flags)
     assert result.returncode == 0, result.output
     assert "H-0" in result.output
