@@ -1,6 +1,7 @@
 """``python -m kd_ext.export``: a student as something else can read it, and a check that two models are one.
 
-Nothing of this project or of the teacher is in the result: upstream's own ``transformer``, or a folder of CTranslate2.
+Nothing of this project or of the teacher is in the result: upstream's own ``transformer``, or a folder of CTranslate2
+or of Hugging Face transformers.
 """
 
 import argparse
@@ -9,8 +10,9 @@ from typing import Any, List, Optional, Sequence, Tuple
 
 import kd_ext  # noqa: F401  registers the architectures, and lets fairseq's checkpoints be read
 from kd_ext.errors import ConfigError
-from kd_ext.exporting import ctranslate2_format, fairseq_format, refusals, sizes
+from kd_ext.exporting import ctranslate2_format, fairseq_format, huggingface_format, refusals, sizes
 from kd_ext.exporting.comparison import compare
+from kd_ext.exporting.huggingface_translator import HuggingFaceTranslator, require_transformers
 from kd_ext.exporting.plain import as_upstream
 from kd_ext.exporting.sentences import Sentences, random_sentences, sentences_for
 from kd_ext.exporting.student import Student, load_student
@@ -39,6 +41,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         print(_check(options))
     elif options.format == "fairseq":
         _export_fairseq(options)
+    elif options.format == "huggingface":
+        _export_huggingface(options)
     else:
         _export_ctranslate2(options)
 
@@ -46,10 +50,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 def _parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kd_ext.export", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="?", help="of a student")
-    parser.add_argument("output", nargs="?", help="the file to write, or with --format ctranslate2 the folder")
+    parser.add_argument("output", nargs="?", help="the file to write with --format fairseq, else the folder")
     parser.add_argument("--format", choices=FORMATS)
     parser.add_argument(
-        "--check", nargs=2, metavar=("A", "B"), help="compare two models, each a checkpoint or a folder of CTranslate2"
+        "--check",
+        nargs=2,
+        metavar=("A", "B"),
+        help="compare two models, each a checkpoint or a folder that was exported",
     )
     parser.add_argument(
         "--quantization",
@@ -88,16 +95,11 @@ def _check_arguments(options: argparse.Namespace) -> None:
     if options.checkpoint is None or options.output is None:
         raise ConfigError("what to export is missing: CHECKPOINT OUTPUT --format FORMAT, or --check A B to compare two")
     if options.format is None:
-        raise ConfigError("--format is missing: fairseq, or ctranslate2")
-    if options.format == "huggingface":
-        raise ConfigError(
-            "--format huggingface: not written yet; docs/deploying.md says which classes compute the same as an "
-            "exported checkpoint; use --format fairseq or --format ctranslate2"
-        )
+        raise ConfigError("--format is missing: fairseq, ctranslate2 or huggingface")
     if options.format != "ctranslate2" and options.quantization is not None:
         raise ConfigError(
-            f"--quantization {options.quantization}: an exported checkpoint is in float32; use it with --format "
-            "ctranslate2"
+            f"--quantization {options.quantization}: --format {options.format} writes float32; use it with "
+            "--format ctranslate2"
         )
     if options.int8_bits is not None and not str(options.quantization).startswith("int8"):
         raise ConfigError(f"--int8-bits {options.int8_bits}: of weights in int8; add --quantization int8")
@@ -131,6 +133,23 @@ def _export_ctranslate2(options: argparse.Namespace) -> None:
     ours, theirs = FairseqTranslator(student.model, student.task), CTranslate2Translator(options.output)
     sentences = _sentences(student, min(ours.longest, theirs.longest))
     print(_compared(ours, theirs, sentences))
+
+
+def _export_huggingface(options: argparse.Namespace) -> None:
+    huggingface_format.check_folder(options.output)
+    student = _load(options)
+    refusals.check_upstream(student)
+    refusals.check_huggingface(student)
+    plain = huggingface_format.write_folder(student, options.output)
+    _report(student, [*plain.done, f"as {huggingface_format.class_for(student)}"], [options.output])
+    _print_sizes(student, options.output, sizes.of_model(plain.model))
+    try:
+        require_transformers()
+    except ConfigError as error:
+        print(f"not compared: {error}")
+        return
+    ours, theirs = FairseqTranslator(student.model, student.task), HuggingFaceTranslator(options.output)
+    print(_compared(ours, theirs, _sentences(student, min(ours.longest, theirs.longest))))
 
 
 def _load(options: argparse.Namespace) -> Student:
@@ -186,6 +205,8 @@ def _open(path: str, options: argparse.Namespace) -> Tuple[Any, Optional[Student
     """A translator, and the student behind it, where it is one of fairseq."""
     if is_ctranslate2(path):
         return CTranslate2Translator(path), None
+    if huggingface_format.is_huggingface(path):
+        return HuggingFaceTranslator(path), None
     adapters = {side: getattr(options, activation_key(side)) for side in SIDES}
     languages = (options.source_lang, options.target_lang)
     student = load_student(path, options.data, languages, adapters, may_lack_adapters=True)

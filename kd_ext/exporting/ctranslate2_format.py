@@ -2,20 +2,18 @@
 
 import inspect
 import os
-import shutil
 import tempfile
 from typing import Optional
 
 import torch
 
 from kd_ext.errors import ConfigError
-from kd_ext.exporting import seven_bits
+from kd_ext.exporting import folders, seven_bits
 from kd_ext.exporting.fairseq_format import write_checkpoint, write_dictionaries
 from kd_ext.exporting.plain import Plain, as_upstream
 from kd_ext.exporting.student import Student
 from kd_ext.exporting.translators import require_ctranslate2
 from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
-from kd_ext.files.writing import PART
 
 # what CTranslate2 can store weights in; on a machine that lacks a kind it takes another when it loads them
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
@@ -30,17 +28,7 @@ def check_folder(path: str) -> None:
     Raises:
         ConfigError: something else is there
     """
-    if os.path.isdir(path):
-        others = sorted(set(os.listdir(path)) - _FILES)
-        if others:
-            raise ConfigError(
-                f"{path}: is there, with {others[0]} in it, which CTranslate2 does not write; name another folder"
-            )
-    elif os.path.lexists(path):
-        raise ConfigError(f"{path}: is there, and no folder; name another one to write")
-    parent = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(parent):
-        raise ConfigError(f"{path}: no folder {parent}; make it first")
+    folders.check_folder(path, _FILES.__contains__, "CTranslate2")
 
 
 def write_folder(student: Student, path: str, quantization: str, int8_bits: int) -> Plain:
@@ -53,20 +41,12 @@ def write_folder(student: Student, path: str, quantization: str, int8_bits: int)
     Raises:
         ConfigError: CTranslate2 refuses it, or it cannot be written
     """
-    target = os.path.realpath(path)
-    part = f"{target}.{os.getpid()}{PART}"
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            plain = as_upstream(student, folder, one_projection=True)
-            checkpoint = os.path.join(folder, "model.pt")
-            write_dictionaries(student, folder)
-            write_checkpoint(student, plain, checkpoint)
-            _convert(student, checkpoint, part, quantization, int8_bits)
-        _put(part, target)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with folders.folder_written_whole(path) as part, tempfile.TemporaryDirectory() as folder:
+        plain = as_upstream(student, folder, one_projection=True)
+        checkpoint = os.path.join(folder, "model.pt")
+        write_dictionaries(student, folder)
+        write_checkpoint(student, plain, checkpoint)
+        _convert(student, checkpoint, part, quantization, int8_bits)
     return plain
 
 
@@ -100,12 +80,3 @@ def _convert(student: Student, checkpoint: str, output: str, quantization: str, 
     except Exception as error:  # whatever it has against a model
         said = " ".join(str(error).split())[:300]
         raise ConfigError(f"--format ctranslate2: CTranslate2 does not convert {student.path} ({said})") from error
-
-
-def _put(part: str, path: str) -> None:
-    """Give a folder its name; an older one steps aside first, as no folder can take the place of a full one."""
-    old = f"{part}.old"
-    if os.path.isdir(path) and os.listdir(path):
-        os.rename(path, old)
-    os.rename(part, path)
-    shutil.rmtree(old, ignore_errors=True)

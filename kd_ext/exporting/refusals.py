@@ -12,6 +12,16 @@ _UPSTREAM_ACTIVATIONS = {"silu": "swish"}
 # of CTranslate2's converter
 _ACTIVATIONS = ("relu", "gelu", "gelu_accurate", "gelu_fast", "swish")
 
+# of Hugging Face transformers, the name for what upstream computes
+HUGGINGFACE_ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "tanh": "tanh",
+    "linear": "linear",
+}
+
 
 def check_adapters(student: Student) -> None:
     """See that the active adapters of a student can be layers of upstream's.
@@ -89,14 +99,60 @@ def check_ctranslate2(student: Student) -> None:
         ("no_decoder_final_norm", "its pre-norm decoder ends with a layer norm"),
         ("quant_noise_pq", "it has no place for the matrix that this puts behind the embeddings"),
     ):
-        value = getattr(settings, key, None)
-        if value:
-            shown = "" if value is True else f" {value}"
-            reasons.append(f"--{key.replace('_', '-')}{shown}: {reason}")
+        _add(reasons, settings, key, reason)
     for side, words in (("source", student.task.source_dictionary), ("target", student.task.target_dictionary)):
         if "<blank>" in words.symbols:
             reasons.append(f"a word <blank> in the {side} dictionary: that is what it calls padding")
     _refuse(student.path, "--format ctranslate2", reasons)
+
+
+def check_huggingface(student: Student) -> None:
+    """See that a class of Hugging Face transformers computes what a student does: FSMT post-norm, M2M100 pre-norm.
+
+    Raises:
+        ConfigError: with all the reasons
+    """
+    settings = student.settings
+    reasons = []
+    for key in ("normalize_before", "embed_dim"):
+        values = [getattr(settings, f"{side}_{key}") for side in SIDES]
+        if values[0] != values[1]:
+            reasons.append(
+                f"--encoder-{key.replace('_', '-')} {values[0]} and --decoder-{key.replace('_', '-')} {values[1]}: "
+                "they must be the same"
+            )
+    for side in SIDES:
+        if getattr(settings, f"{side}_learned_pos"):
+            reasons.append(f"--{side}-learned-pos: both classes have sinusoidal positions")
+    if settings.activation_fn not in HUGGINGFACE_ACTIVATIONS:
+        known = ", ".join(HUGGINGFACE_ACTIVATIONS)
+        reasons.append(f"--activation-fn {settings.activation_fn}: of upstream's they have {known}")
+    for key, reason in (
+        ("layernorm_embedding", "neither class has a layer norm behind the embeddings"),
+        ("adaptive_softmax_cutoff", "neither has an adaptive softmax"),
+        ("no_token_positional_embeddings", "both always add positions"),
+        ("no_cross_attention", "their decoders always attend to the source"),
+        ("cross_self_attention", "their decoders attend to the source and to themselves one after the other"),
+        ("quant_noise_pq", "neither has a place for the matrix that this puts behind the embeddings"),
+    ):
+        _add(reasons, settings, key, reason)
+    if settings.encoder_normalize_before:
+        _add(reasons, settings, "no_decoder_final_norm", "M2M100's decoder ends with a layer norm")
+        source, target = len(student.task.source_dictionary), len(student.task.target_dictionary)
+        if source > target:
+            reasons.append(
+                f"a pre-norm model with more words in the source dictionary ({source}) than in the target's "
+                f"({target}): M2M100 has one number of words, and its softmax would have more than the student's"
+            )
+    _refuse(student.path, "--format huggingface", reasons)
+
+
+def _add(reasons: List[str], settings: Namespace, key: str, reason: str) -> None:
+    """Add the reason against a setting that is off unless it was asked for."""
+    value = getattr(settings, key, None)
+    if value:
+        shown = "" if value is True else f" {value}"
+        reasons.append(f"--{key.replace('_', '-')}{shown}: {reason}")
 
 
 def _refuse(path: str, flag: str, reasons: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ class FairseqTranslator:
     def translate(self, sentences: Sequence[Tokens]) -> List[Tokens]:
         """The best of a beam of five, as ``fairseq-generate`` has it."""
         found: List[Tokens] = []
-        for batch in _batches(sentences):
+        for batch in batches(sentences):
             hypotheses = self._generator.generate([self._model], {"net_input": self._source_batch(batch)})
             for best, *_ in hypotheses:
                 found.append([self._target[i] for i in best["tokens"].tolist() if i != self._target.eos()])
@@ -51,7 +51,7 @@ class FairseqTranslator:
     def score(self, sentences: Sequence[Tokens], translations: Sequence[Tokens]) -> List[List[float]]:
         """Log-probabilities of each word of translations, and of their ends."""
         found: List[List[float]] = []
-        for batch, targets in zip(_batches(sentences), _batches(translations)):
+        for batch, targets in zip(batches(sentences), batches(translations)):
             ids = [self._ids(self._target, words) for words in targets]
             pad, eos = self._target.pad(), self._target.eos()
             previous = data_utils.collate_tokens(ids, pad, eos, move_eos_to_beginning=True)
@@ -131,5 +131,6 @@ def _vocabulary(folder: str, side: str) -> List[str]:
     raise ConfigError(f"{folder}: no {side} vocabulary in it; name the folder that CTranslate2 wrote")
 
 
-def _batches(sentences: Sequence[Tokens]) -> List[Sequence[Tokens]]:
+def batches(sentences: Sequence[Tokens]) -> List[Sequence[Tokens]]:
+    """Sentences by as many as are translated at once."""
     return [sentences[i : i + BATCH] for i in range(0, len(sentences), BATCH)]
