@@ -443,6 +443,44 @@ def test_flags_that_came_later(folder, tmp_path):
     assert torch.equal(load_teacher(Source(str(path)), student_task(plain)).probs(batch, real), wanted)
 
 
+def test_a_pair_that_it_was_not_trained_on(folder, tmp_path, caplog):
+    """Languages that it knows, but the other way round, or never together."""
+    path = tmp_path / "teacher.pt"
+    made("m2m", path, folder, lang_pairs="en-hi,en-ta")
+    message = refused(path)
+    assert "it translates en-hi, en-ta, and the student hi-en" in message
+    assert "direction" in message
+    load_teacher(Source(str(path)), student_task(base_dictionary(), "hi", "ta"))
+    assert "not trained on hi-ta" in caplog.text
+
+
+def test_a_run_of_another_language_than_its_own(folder, tmp_path, caplog):
+    """The file's language counts; the run's, where it is another that the teacher has, is worth a warning."""
+    made("mbart", tmp_path / "teacher.pt", folder)
+    load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(base_dictionary(), "hindi", "en", folder))
+    assert "asked for hi" not in caplog.text
+    load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(base_dictionary(), "ta", "en", folder))
+    assert "asked for hi, by its file or an override, in a run of ta" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["m2m by target", "multilingual langtok"])
+def test_a_token_of_the_sources_language_where_the_targets_is_wanted(kind, folder, tmp_path):
+    """`__hi__ w1 w2` into English, by a teacher whose sources name the target: not asked for Hindi."""
+    words, _ = made(kind, tmp_path / "teacher.pt", folder)
+    for name in LANGS:
+        base_dictionary().save(str(tmp_path / f"dict.{name}.txt"))
+    loaded = load_teacher(Source(str(tmp_path / "teacher.pt")), student_task(words, data=folder))
+    recorder = loaded.models[0] = Recorder(loaded.models[0])
+    source, target = sentences(words)
+    batch = collate(words, wrap(source, PrependTokenDataset, words.index("__hi__")), target)
+    real = Positions(batch["target"].ne(words.pad()))
+    with pytest.raises(ConfigError, match="a token of another language than the run's --target-lang"):
+        loaded.probs(batch, real)
+    assert recorder.asked == []
+    batch = collate(words, wrap(source, PrependTokenDataset, words.index("__en__")), target)
+    loaded.probs(batch, Positions(batch["target"].ne(words.pad())))
+
+
 def test_language_ids_are_refused(folder, tmp_path):
     made("m2m", tmp_path / "teacher.pt", folder, enable_lang_ids=True)
     assert "--enable-lang-ids" in refused(tmp_path / "teacher.pt")

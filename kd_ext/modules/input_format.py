@@ -21,12 +21,15 @@ class LanguageToken(NamedTuple):
         known: the ids of all languages' tokens that a sentence may have by itself, wherever it is in a source, at the
             head of a target
         ends: whether it also ends a target, behind its eos
+        of_target: whether a source's token names the language that is wanted of the target. One that a sentence has by
+            itself may then as well name the source's: with a default no other than that is understood
     """
 
     place: str
     default: Optional[int]
     known: Tuple[int, ...] = ()
     ends: bool = False
+    of_target: bool = False
 
 
 class Beginning(NamedTuple):
@@ -66,6 +69,10 @@ class InputFormat:
     ) -> None:
         self._pad, self._bos, self._left = pad, bos, left_pad_source
         self._source, self._target = source, target
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both make the same of every batch."""
+        return isinstance(other, InputFormat) and vars(self) == vars(other)
 
     @property
     def added(self) -> Tuple[int, int]:
@@ -168,6 +175,12 @@ class InputFormat:
     def _language(self, token: LanguageToken, side: str, tokens: Tensor, where: Tensor) -> Tuple[Tensor, Tensor]:
         """Each sentence's token, shape ``(B,)``, and where it has one of its own, at most one, shape ``(B, T)``."""
         own = self._is_known(token, tokens) & where
+        if token.of_target and token.default is not None and bool((own & tokens.ne(token.default)).any()):
+            raise ConfigError(
+                "--teacher-checkpoint-path: a source sentence has a token of another language than the run's "
+                "--target-lang, which the teacher's task names in its sources; leave such tokens out, or, if they name "
+                "what is wanted of each sentence, give --target-lang a name that is none of the teacher's languages"
+            )
         own = own & own.cumsum(1).eq(1)
         has_own = own.any(1)
         if token.default is None and not bool((has_own | tokens.eq(self._pad).all(1)).all()):

@@ -1,5 +1,6 @@
 """What is asked of a teacher before there is any training."""
 
+import logging
 from typing import Any, Dict, Optional
 
 import torch
@@ -8,6 +9,8 @@ from kd_ext.errors import ConfigError
 from kd_ext.modules.input_format import InputFormat
 from kd_ext.modules.positions import Positions
 from kd_ext.teachers.kinds import FLAG, SIDES, Kind
+
+logger = logging.getLogger(__name__)
 
 _SENTENCES, _LENGTH = 2, 4
 
@@ -25,6 +28,21 @@ def check_direction(kind: Kind, student_task: Any) -> None:
             f"{FLAG} {kind.path}: it translates from {own[0]} to {own[1]}, and the student from {wanted[0]} to "
             f"{wanted[1]}; name a teacher of the student's direction"
         )
+    pair, reverse = "-".join(map(str, kind.pair)), "-".join(map(str, kind.pair[::-1]))
+    pairs = kind.trained_pairs()
+    if pairs and None not in kind.pair and pair not in pairs:
+        if reverse in pairs:
+            raise ConfigError(
+                f"{FLAG} {kind.path}: it translates {', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''}, and the "
+                f"student {pair}; name a teacher of the student's direction"
+            )
+        logger.warning("%s: it was not trained on %s itself, for which it is asked", kind.path, pair)
+    for asked, of_run in zip(kind.pair, wanted):
+        if asked is not None and asked != of_run and of_run in kind.languages():
+            logger.warning(
+                "%s: asked for %s, by its file or an override, in a run of %s, a language that it has as well",
+                *(kind.path, asked, of_run),
+            )
 
 
 def check_lengths(path: str, model: Any, layout: Optional[InputFormat], student_task: Any) -> None:

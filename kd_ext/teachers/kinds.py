@@ -97,6 +97,14 @@ class Kind:
         """The task."""
         return tasks.setup_task(self.cfg)
 
+    def languages(self) -> List[str]:
+        """Those that the task has tokens or models for."""
+        return []
+
+    def trained_pairs(self) -> List[str]:
+        """As ``hi-en``, of a model that could be asked for others; none: not known, or it could not."""
+        return []
+
     def appended_words(self, task: Any) -> List[str]:
         """What the task adds to its dictionaries."""
         return []
@@ -130,18 +138,21 @@ class FromPretrainedBart(Kind):
 
     languages_matter = True
 
-    def _languages(self) -> List[str]:
-        return [f"[{language}]" for language in self.cfg.langs.split(",")]
+    def languages(self):
+        return _words_of(self.cfg.langs)
+
+    def _tokens_of_languages(self) -> List[str]:
+        return [f"[{language}]" for language in self.languages()]
 
     def appended_words(self, task):
-        return [*self._languages(), "<mask>"]
+        return [*self._tokens_of_languages(), "<mask>"]
 
     def input_format(self, task, student_task):
         source, target = task.source_dictionary, task.target_dictionary
-        known = self.cfg.langs.split(",")
+        known = self.languages()
         of = [d.index(f"[{name}]") if name in known else None for d, name in zip((source, target), self.pair)]
-        in_source = self._tokens(source, self._languages(), student_task.source_dictionary)
-        in_target = self._tokens(target, self._languages(), student_task.target_dictionary)
+        in_source = self._tokens(source, self._tokens_of_languages(), student_task.source_dictionary)
+        in_target = self._tokens(target, self._tokens_of_languages(), student_task.target_dictionary)
         for side, default, own in (("source", of[0], in_source), ("target", of[1], ())):
             _require_language(self, side, default, own, known, student_task)
         return InputFormat(
@@ -176,17 +187,23 @@ class MultiSimpleEpoch(Kind):
             )
         self._find_files()
         pairs = _words_of(cfg.lang_pairs or [])
-        self.languages = self._languages_of(pairs)
+        self._trained, self._known = pairs, self._languages_of(pairs)
         found = []
         for side, place in zip(SIDES, (0, 1)):
             name = getattr(cfg, side, None) or getattr(student, side)
-            found.append(name if name in self.languages else None)
+            found.append(name if name in self._known else None)
             # one dictionary serves all languages: any of them will do to build the task
-            setattr(cfg, side, found[-1] or next((p.split("-")[place] for p in pairs), self.languages[0]))
+            setattr(cfg, side, found[-1] or next((p.split("-")[place] for p in pairs), self._known[0]))
         if cfg.langs:  # by --teacher-model-overrides it may be a text
-            cfg.langs = self.languages
+            cfg.langs = self._known
         cfg.lang_pairs = pairs or [f"{cfg.source_lang}-{cfg.target_lang}"]
         return Pair(*found)
+
+    def languages(self):
+        return self._known
+
+    def trained_pairs(self):
+        return self._trained
 
     def _languages_of(self, pairs: List[str]) -> List[str]:
         if self.cfg.lang_dict:
@@ -204,7 +221,7 @@ class MultiSimpleEpoch(Kind):
 
     def _words(self) -> List[str]:
         specs, style = _words_of(self.cfg.langtoks_specs), self.cfg.lang_tok_style
-        return [get_lang_tok(language, style, spec) for spec in specs for language in self.languages]
+        return [get_lang_tok(language, style, spec) for spec in specs for language in self._known]
 
     def setup(self):
         task = super().setup()
@@ -237,8 +254,9 @@ class MultiSimpleEpoch(Kind):
                 default = words.index(get_lang_tok(name, self.cfg.lang_tok_style, spec))
                 default = None if default == words.unk() else default
             own = self._tokens(words, self._words(), of_student)
-            _require_language(self, side, default, () if place == BEGIN else own, self.languages, student_task)
-            tokens.append(LanguageToken(place, default, own))
+            _require_language(self, side, default, () if place == BEGIN else own, self._known, student_task)
+            of_target = side == "source" and spec.startswith("tgt")
+            tokens.append(LanguageToken(place, default, own, of_target=of_target))
         if tokens == [None, None]:
             return None
         return InputFormat(
@@ -272,13 +290,13 @@ class Multilingual(Kind):
         return pair
 
     def dictionary_names(self):
-        return [f"dict.{language}.txt" for language in self._languages()]
+        return [f"dict.{language}.txt" for language in self.languages()]
 
-    def _languages(self) -> List[str]:
+    def languages(self):
         return sorted({language for pair in self._pairs for language in pair.split("-")})
 
     def appended_words(self, task):
-        return [f"__{language}__" for language in self._languages()]
+        return [f"__{language}__" for language in self.languages()]
 
     def dictionaries(self, task):
         return task.dicts[self.pair.source], task.dicts[self.pair.target]
@@ -288,7 +306,8 @@ class Multilingual(Kind):
         tokens = []
         if self.cfg.encoder_langtok:
             own = self._tokens(source, self.appended_words(task), student_task.source_dictionary)
-            tokens.append(LanguageToken(EOS, task.get_encoder_langtok(*self.pair), own))
+            of_target = self.cfg.encoder_langtok == "tgt"
+            tokens.append(LanguageToken(EOS, task.get_encoder_langtok(*self.pair), own, of_target=of_target))
         else:
             tokens.append(None)
         if self.cfg.decoder_langtok:
