@@ -59,6 +59,10 @@ WITH_TEACHER = {
         [f"--kd-queue-size {10**13}: too large", "at most"],
     ),
     "more than a number": (f"{LANGUAGES[:-1]}{10**30}", [f"--kd-queue-size {10**30}: too large", "4 queues"]),
+    "padding before a target": (
+        "--left-pad-target --num-batch-buckets 2",
+        ["--left-pad-target --num-batch-buckets 2", "leave one of the two out"],
+    ),
     "longer than the teacher's": ("--max-source-positions 2000", ["--max-source-positions 2000", "1024"]),
 }
 

@@ -157,6 +157,11 @@ class TranslationWithKDTask(TranslationTask):
         """Load what ``--teacher-checkpoint-path`` names; None if there is no training to come."""
         if not self.trains:
             return None
+        if self.cfg.left_pad_target and self.cfg.num_batch_buckets:  # every word then follows padding (0.12.2)
+            raise ConfigError(
+                f"--left-pad-target --num-batch-buckets {self.cfg.num_batch_buckets}: fairseq then puts what a decoder "
+                "begins with before a target's padding, where no teacher was trained; leave one of the two out"
+            )
         teacher = self.open_cache(temperature) if self.cfg.teacher_cache_dir else self._teacher_source().load()
         self.trained_with[trained_with.TEACHER] = teacher.identity
         return teacher
