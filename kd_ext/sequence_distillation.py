@@ -29,6 +29,15 @@ from kd_ext.upstream.command_line import list_alone
 TASK = "translation_with_kd"
 _OWN = ("destdir", "subset", "processes", "choose", "closest-by", "with-references", "max-ratio", "min-score")
 _OWN += ("rescore", "drop-worst", "teacher-user-dir", "kd-language-tag", "kd-language-tags", "kd-language-side")
+_OF_GENERATE = {  # flags of fairseq-generate that would do nothing here, and what to do
+    "gen_subset": "this command's flag is --subset",
+    "nbest": "what is chosen from are all of --beam; leave it out",
+    "num_shards": "--processes share the work; leave it out",
+    "score_reference": "translations are made here, none is scored; leave it out",
+    "constraints": "no sentence here has constraints; leave it out",
+    "lm_path": "the teacher alone translates here; leave it out",
+    "replace_unk": "targets are words of the dictionary; leave it out",
+}
 # the flags of a teacher in training, as this command has them
 _NAMES = {"--teacher-checkpoint-path": "--path", "--teacher-model-overrides": "--model-overrides"}
 
@@ -91,7 +100,12 @@ def _make(arguments: List[str], args: argparse.Namespace, part: int, place: str)
     sentences = sum(len(work.batches[number]) for number in done)
     if done:
         print(f"{being_made}: {sentences} sentences are translated already")
-    _translate(arguments, args, part, work, files, done, sentences)
+    try:
+        _translate(arguments, args, part, work, files, done, sentences)
+    except BaseException:
+        if next(files.lines(), None) is None:  # nothing to go on with: a flag may be wrong
+            shutil.rmtree(being_made, ignore_errors=True)
+        raise
     result = Result(work, files)
     result.write(os.path.join(being_made, "data"))
     # in one step, without what the work left
@@ -177,6 +191,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for flag in ("path", "destdir"):
         if not getattr(args, flag):
             raise ConfigError(f"--{flag} is missing: the {'teacher' if flag == 'path' else 'folder to make'}")
+    args.destdir = args.destdir.rstrip(os.sep) or os.sep
+    _refuse_unused(args, parser)
     if args.processes < 1:
         raise ConfigError(f"--processes {args.processes}: out of range; a number over 0")
     if not args.max_ratio >= 1:
@@ -192,6 +208,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 4000
     return args
+
+
+def _refuse_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for name, remedy in _OF_GENERATE.items():
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            shown = "" if value is True else f" {value}"
+            raise ConfigError(f"--{name.replace('_', '-')}{shown}: not used here; {remedy}")
 
 
 if __name__ == "__main__":

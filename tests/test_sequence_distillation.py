@@ -19,6 +19,7 @@ from corpus import preprocess
 from fairseq.data import Dictionary, indexed_dataset
 from test_foreign_tasks import base_dictionary, folder, made, sentences  # noqa: F401
 
+from kd_ext.sequences.binarized import write_side
 from kd_ext.sequences.choosing import Hypothesis, choose, failure_of, has_loop
 
 COMMAND = "kd_ext.sequence_distillation"
@@ -371,6 +372,108 @@ def test_bad_usage(data, teacher, tmp_path):
         assert all(part in message for part in parts), message
     assert "--path no.pt" in refused(data, "no.pt", out)
     assert not out.exists()
+
+
+def test_flags_that_would_do_nothing(data, teacher, tmp_path):
+    for flags, parts in {
+        ("--gen-subset", "valid"): ["--gen-subset valid", "--subset"],
+        ("--nbest", "2"): ["--nbest 2", "--beam"],
+        ("--num-shards", "2", "--shard-id", "1"): ["--num-shards 2", "--processes"],
+        ("--score-reference",): ["--score-reference:"],
+        ("--constraints",): ["--constraints"],
+    }.items():
+        message = refused(data, teacher, tmp_path / "out", *flags)
+        assert all(part in message for part in parts), message
+
+
+def test_a_flag_that_decoding_refuses(data, teacher, tmp_path):
+    """What was only begun is no work to go on with: the right flags do at once."""
+    message = refused(data, teacher, tmp_path / "out", "--diverse-beam-groups", "3")
+    assert "--beam" in message
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_padding_is_not_written(best, data, teacher, tmp_path):
+    """Flags by which fairseq pads sentences before they are read."""
+    made_of(data, teacher, tmp_path / "out", "--num-batch-buckets", "3", "--left-pad-target")
+    assert contents(tmp_path / "out") == contents(best[0])
+
+
+def test_left_padded_targets_keep_their_heads(data, teacher, tmp_path):
+    made_of(data, teacher, tmp_path / "right", "--prefix-size", "1")
+    made_of(data, teacher, tmp_path / "left", "--prefix-size", "1", "--left-pad-target")
+    assert contents(tmp_path / "left") == contents(tmp_path / "right")
+
+
+def test_a_folder_named_with_a_slash(best, data, teacher, tmp_path):
+    result = run(tmp_path / "log", COMMAND, data, "--path", teacher, "--destdir", f"{tmp_path}/out/", *FLAGS)
+    assert result.returncode == 0, result.output[-1000:]
+    assert contents(tmp_path / "out") == contents(best[0])
+
+
+def test_other_sentences_of_the_same_lengths(data, teacher, tmp_path):
+    """Work on data that was made anew is other work."""
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    command = Forked(tmp_path / "log", COMMAND, own, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS)
+    work = tmp_path / "out.part"
+    command.kill_when(lambda: any(path.stat().st_size for path in work.glob("work-*")))
+    words = Dictionary.load(str(own / "dict.src.txt"))
+    prefix = str(own / "train.src-tgt.src")
+    before = read(prefix, words)
+    Path(f"{prefix}.bin").unlink()
+    write_side(prefix, [words.encode_line(x, append_eos=False).tolist()[::-1] for x in before], words)
+    assert "data" in refused(own, teacher, tmp_path / "out")
+
+
+def test_languages_the_other_way_round(data, train, tmp_path):
+    """All sets get the names of the new order, so that fairseq reads one pair of languages off them."""
+    flags = ["--criterion", "label_smoothed_cross_entropy", "--max-update", "1", "-s", "tgt", "-t", "src"]
+    assert train(tmp_path / "reverse", *flags).returncode == 0
+    reverse = tmp_path / "reverse" / "checkpoint_last.pt"
+    made_of(data, reverse, tmp_path / "out", "-s", "tgt", "-t", "src", "--beam", "1")
+    pairs = {path.name.split(".")[1] for path in (tmp_path / "out").glob("*.idx")}
+    assert pairs == {"tgt-src"}
+    assert (tmp_path / "out" / "valid.tgt-src.src.bin").read_bytes() == (data / "valid.src-tgt.src.bin").read_bytes()
+
+
+@pytest.mark.parametrize("arch", ["lstm", "short"])
+def test_other_models_of_the_reverse_direction(arch, data, teacher, train, tmp_path):
+    """A recurrent one wants its sentences sorted; one of few positions is not asked about what is too long for it."""
+    flags = ["--criterion", "label_smoothed_cross_entropy", "--max-update", "1", "-s", "tgt", "-t", "src"]
+    if arch == "short":
+        flags += ["--encoder-learned-pos", "--decoder-learned-pos", "--max-source-positions", "8"]
+        flags += ["--max-target-positions", "8", "--skip-invalid-size-inputs-valid-test"]
+        result = train(tmp_path / "reverse", *flags)
+    else:
+        save_dir = tmp_path / "reverse"
+        sizes = ["--encoder-embed-dim", "16", "--decoder-embed-dim", "16", "--encoder-hidden-size", "16"]
+        sizes += ["--decoder-hidden-size", "16", "--decoder-out-embed-dim", "16", "--save-dir", save_dir]
+        result = run(tmp_path / "log", "fairseq-train", data, *TRAINING, *flags, "--arch", "lstm", *sizes)
+    assert result.returncode == 0, result.output
+    reverse = tmp_path / "reverse" / "checkpoint_last.pt"
+    made_of(data, teacher, tmp_path / "out", "--rescore", reverse, "--drop-worst", "0.25")
+    rows = [line.split("\t") for line in (tmp_path / "out" / "translations.tsv").read_text().splitlines()[1:]]
+    taken = [row for row in rows if row[3] != "reference"]
+    sources, _ = both_sides(data)
+    for row in taken:
+        too_long = max(len(row[5].split()), len(sources[int(row[0])].split())) > 7
+        assert (row[4] == "") == (arch == "short" and too_long)
+    assert any(row[4] for row in taken)
+
+
+def test_an_ensemble_that_is_asked_in_two_ways(folder, tmp_path):  # noqa: F811
+    """Of one vocabulary, so that nothing else would show it."""
+    for kind in ("m2m", "m2m by target"):
+        words, _ = made(kind, tmp_path / f"{kind}.pt", folder)
+    source, target = sentences(base_dictionary(), count=3)
+    (tmp_path / "data").mkdir()
+    for language, side in (("hi", source), ("en", target)):
+        base_dictionary().save(str(tmp_path / "data" / f"dict.{language}.txt"))
+        without_eos = [sentence.tolist()[:-1] for sentence in side]
+        write_side(str(tmp_path / "data" / f"train.hi-en.{language}"), without_eos, words)
+    both = f"{tmp_path}/m2m.pt:{tmp_path}/m2m by target.pt"
+    assert "asked in different ways" in refused(tmp_path / "data", both, tmp_path / "out")
 
 
 def test_a_teacher_of_other_words(data, tmp_path, train):

@@ -45,7 +45,7 @@ class Teacher:
         self.identity = identity
         self.models: List[Any] = [model.eval().requires_grad_(False) for model in models]
         self._projections = projections or [None] * len(self.models)
-        self._formats = formats or [None] * len(self.models)
+        self.formats = formats or [None] * len(self.models)
         self._vocabulary = vocabulary
         self._has_said_cut = False
         self._placed = False
@@ -76,7 +76,7 @@ class Teacher:
             for each model n tokens, not projected yet where that can be left for later
         """
         logits: List[TeacherLogits] = []
-        for model, projection, layout in zip(self.models, self._projections, self._formats):
+        for model, projection, layout in zip(self.models, self._projections, self.formats):
             net_input, asked = sample["net_input"], positions
             if layout is not None:
                 net_input, asked = layout.apply(net_input, positions)

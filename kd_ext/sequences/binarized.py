@@ -22,14 +22,19 @@ def write_side(prefix: str, sentences: Iterable[Sequence[int]], words: Any) -> N
 
 
 def copy_rest(data: str, destination: str, source: str, target: str, subset: str) -> List[str]:
-    """Copy the dictionaries and the sets beside the training set; returns the names of the files."""
+    """Copy the dictionaries and the sets beside the training set; returns the names of the files.
+
+    Those of data that was preprocessed the other way round are named as the training set: fairseq reads the languages
+    off the first name that it meets.
+    """
     copied = []
     for name in sorted(os.listdir(data)):
         is_dictionary = name in (f"dict.{source}.txt", f"dict.{target}.txt")
         of_pair = any(f".{pair}." in name for pair in (f"{source}-{target}", f"{target}-{source}"))
         if (is_dictionary or (of_pair and not _is_of(name, subset))) and os.path.isfile(os.path.join(data, name)):
-            shutil.copyfile(os.path.join(data, name), os.path.join(destination, name))
-            copied.append(name)
+            new = name.replace(f".{target}-{source}.", f".{source}-{target}.", 1)
+            shutil.copyfile(os.path.join(data, name), os.path.join(destination, new))
+            copied.append(new)
     return copied
 
 

@@ -29,7 +29,8 @@ class Decoder:
     def __init__(self, models: Sequence[Loaded], task: Any, cfg: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._layout = models[0].layout
         self._device, self._prefix_size = device, cfg.generation.prefix_size
-        if any((one.layout is None) != (self._layout is None) for one in models):
+        words = models[0].target_dictionary
+        if any(one.layout != self._layout or one.target_dictionary.symbols != words.symbols for one in models):
             raise ConfigError(f"--path {cfg.common_eval.path}: its models are asked in different ways; name them apart")
         if self._layout is not None and self._prefix_size > 0:
             raise ConfigError(

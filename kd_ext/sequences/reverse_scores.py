@@ -24,6 +24,14 @@ class ReverseScores:
 
     def __init__(self, teacher: Teacher, words: Any, device: torch.device) -> None:
         self._teacher, self._words, self._device = teacher, words, device
+        limits = zip(*(model.max_positions() for model in teacher.models))
+        self._longest = [min(of_side) for of_side in limits]
+        for layout in filter(None, teacher.formats):
+            self._longest = [most - more for most, more in zip(self._longest, layout.added)]
+
+    def takes(self, translation: List[int], source: List[int]) -> bool:
+        """Whether neither is too long for the model; both without eos."""
+        return len(translation) < self._longest[0] and len(source) < self._longest[1]
 
     def __call__(self, translations: Sequence[List[int]], sources: Sequence[List[int]]) -> List[float]:
         """The mean of log p(token) over each source's tokens and its eos, in bits; both without eos."""

@@ -18,6 +18,7 @@ from kd_ext.sequences.reverse_scores import ReverseScores
 from kd_ext.teachers.assignment import Assignment, is_by_language, read_assignment
 from kd_ext.teachers.check import in_a_line
 from kd_ext.teachers.load import Source, identify_teacher, load_models, load_teacher
+from kd_ext.upstream.flat_tokens import sentences_of
 
 FORMAT = "kd_ext sequence distillation 1"
 TOO_LONG = "long"
@@ -36,6 +37,8 @@ class Work:
         self.cfg, self.options = cfg, options
         self.folder = utils.split_paths(cfg.task.data)[part]
         cfg.task.train_subset = options.subset  # whose tags are looked at
+        # sentences are read and written without padding, and decoded from what their targets begin with
+        cfg.task.num_batch_buckets, cfg.task.left_pad_target = 0, False
         try:
             self.task = tasks.setup_task(cfg.task)
             self.task.load_dataset(options.subset, epoch=part + 1, combine=True)
@@ -107,12 +110,11 @@ class Work:
 
     def manifest(self) -> Dict[str, Any]:
         """What tells this work from other work."""
-        sizes = np.stack([np.asarray(self.dataset.src_sizes), np.asarray(self.dataset.tgt_sizes)]).astype(np.int64)
         options, dataset = self.options, self.cfg.dataset
         generation = {key: str(value) for key, value in sorted(dict(self.cfg.generation).items())}
         return {
             "format": FORMAT,
-            "data": hashlib.sha256(sizes.tobytes()).hexdigest()[:16],
+            "data": self._digest(),
             **of_dictionaries(self.task.source_dictionary, self.task.target_dictionary),
             "teacher": self._identity(),
             "--rescore": identify_teacher(self._reverse, self._student(True)) if self._reverse else None,
@@ -132,6 +134,15 @@ class Work:
             if self._assignment is None
             else self._assignment.identity(self.task.languages.identity, teachers)
         )
+
+    def _digest(self) -> str:
+        """Of all sentences, source and target."""
+        digest = hashlib.sha256()
+        for dataset in (self.dataset.src, self.dataset.tgt):
+            for sentences in sentences_of(dataset):
+                digest.update(sentences.sizes.astype(np.int64).tobytes())
+                digest.update(sentences.tokens.astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def _student(self, reverse: bool = False) -> Any:
         """What a teacher is loaded for: the data's words and languages, and no limit of its own to lengths."""
@@ -214,11 +225,19 @@ class Work:
         )
 
     def _reverse_scores(self, found: Dict[int, List[Taken]], scores: Optional[ReverseScores]) -> Dict[Any, float]:
-        places = [(i, n) for i, kept in found.items() for n, taken in enumerate(kept) if not taken.failure]
-        if scores is None or not places:
+        if scores is None:
             return {}
-        translations = [found[i][n].hypothesis.tokens for i, n in places]
-        return dict(zip(places, scores(translations, [self.tokens_of("source", i) for i, _ in places])))
+        pairs = {
+            (i, n): (taken.hypothesis.tokens, self.tokens_of("source", i))
+            for i, kept in found.items()
+            for n, taken in enumerate(kept)
+            if not taken.failure
+        }
+        # the longest first, as a recurrent encoder wants them
+        places = sorted((place for place in pairs if scores.takes(*pairs[place])), key=lambda p: -len(pairs[p][0]))
+        if not places:
+            return {}
+        return dict(zip(places, scores(*zip(*(pairs[place] for place in places)))))
 
     def tokens_of(self, side: str, i: int) -> List[int]:
         """A sentence of the data, without its eos."""
