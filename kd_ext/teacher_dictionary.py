@@ -37,8 +37,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     targets = [check_output(path, [options.teacher], _check_is_dictionary) for path in paths]
     for path, target, words in zip(paths, targets, dictionaries):
         with written_whole(target) as file:
+            seen = set(words.symbols[: words.nspecial])
             for index in range(words.nspecial, len(words)):
-                file.write(f"{words[index]} {words.count[index]}\n".encode())
+                # fairseq's mark of a word that is there twice, without which it does not read the file
+                again = " #fairseq:overwrite" if words[index] in seen else ""
+                file.write(f"{words[index]} {words.count[index]}{again}\n".encode())
+                seen.add(words[index])
         print(f"{path}: {len(words)} words")
     same = dictionaries[0].symbols == dictionaries[1].symbols
     print(f"fairseq-preprocess --srcdict {paths[0]} " + ("--joined-dictionary" if same else f"--tgtdict {paths[1]}"))

@@ -481,6 +481,19 @@ def test_a_token_of_the_sources_language_where_the_targets_is_wanted(kind, folde
     loaded.probs(batch, Positions(batch["target"].ne(words.pad())))
 
 
+def test_its_dictionary_has_words_twice(tmp_path):
+    """As sentencepiece's lists of pieces have special symbols again; written, it reads as it was."""
+    for language in LANGS:
+        lines = ["w1 5", "<pad> 3 #fairseq:overwrite", "w2 4", "w1 2 #fairseq:overwrite", "x y 1"]
+        (tmp_path / f"dict.{language}.txt").write_text("\n".join(lines) + "\n")
+    words, _ = made("m2m", tmp_path / "teacher.pt", tmp_path)
+    result = run(tmp_path / "log", "kd_ext.teacher_dictionary", tmp_path / "teacher.pt", tmp_path / "out")
+    assert result.returncode == 0, result.output
+    written = Dictionary.load(str(tmp_path / "out" / "dict.source.txt"))
+    assert written.symbols == words.symbols
+    assert written.indices == words.indices
+
+
 def test_language_ids_are_refused(folder, tmp_path):
     made("m2m", tmp_path / "teacher.pt", folder, enable_lang_ids=True)
     assert "--enable-lang-ids" in refused(tmp_path / "teacher.pt")
