@@ -15,6 +15,7 @@ from typing import Any, List, Optional, Sequence
 
 from fairseq import options as fairseq_options
 from fairseq import utils
+from fairseq.data import data_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from tqdm import tqdm
 
@@ -195,6 +196,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     _refuse_unused(args, parser)
     if args.processes < 1:
         raise ConfigError(f"--processes {args.processes}: out of range; a number over 0")
+    if args.beam < 1:
+        raise ConfigError(f"--beam {args.beam}: out of range; a number over 0")
+    if args.prefix_size < 0:
+        raise ConfigError(f"--prefix-size {args.prefix_size}: out of range; 0 for none")
+    if args.min_score is not None and args.min_score != args.min_score:
+        raise ConfigError(f"--min-score {args.min_score}: not a number to compare scores with; such as -2.5")
+    try:
+        data_utils.post_process("", args.post_process)
+    except NotImplementedError:
+        raise ConfigError(
+            f"--post-process {args.post_process}: unknown to fairseq; such as sentencepiece, or subword_nmt"
+        ) from None
     if not args.max_ratio >= 1:
         raise ConfigError(f"--max-ratio {args.max_ratio}: out of range; a number from 1 on")
     if not 0 <= args.drop_worst < 1:

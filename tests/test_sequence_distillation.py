@@ -366,6 +366,10 @@ def test_bad_usage(data, teacher, tmp_path):
         ("--drop-worst", "1.5", "--rescore", teacher): ["--drop-worst 1.5"],
         ("--rescore", teacher, "--drop-worst", "0.5"): [str(teacher), "from src to tgt"],
         ("--subset", "no"): ["no"],
+        ("--beam", "0"): ["--beam 0"],
+        ("--prefix-size", "-1"): ["--prefix-size -1"],
+        ("--min-score", "nan"): ["--min-score nan"],
+        ("--post-process", "nonsense"): ["--post-process nonsense", "sentencepiece"],
         ("--task", "translation_lev"): ["--task translation_lev"],
     }.items():
         message = refused(data, teacher, out, *flags)
