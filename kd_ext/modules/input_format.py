@@ -175,7 +175,12 @@ class InputFormat:
     def _language(self, token: LanguageToken, side: str, tokens: Tensor, where: Tensor) -> Tuple[Tensor, Tensor]:
         """Each sentence's token, shape ``(B,)``, and where it has one of its own, at most one, shape ``(B, T)``."""
         own = self._is_known(token, tokens) & where
-        if token.of_target and token.default is not None and bool((own & tokens.ne(token.default)).any()):
+        if (
+            token.of_target
+            and token.known
+            and token.default is not None
+            and bool((own & tokens.ne(token.default)).any())
+        ):
             raise ConfigError(
                 "--teacher-checkpoint-path: a source sentence has a token of another language than the run's "
                 "--target-lang, which the teacher's task names in its sources; leave such tokens out, or, if they name "
