@@ -25,6 +25,8 @@ from kd_ext.sequences.choosing import CHOICES, CLOSENESS
 from kd_ext.sequences.result import Result, check_sets
 from kd_ext.sequences.work import Work
 from kd_ext.sequences.work_files import WorkFiles, take
+from kd_ext.upstream import torch_compile
+from kd_ext.upstream.added_flags import unfold
 from kd_ext.upstream.command_line import list_alone
 
 TASK = "translation_with_kd"
@@ -193,6 +195,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if not getattr(args, flag):
             raise ConfigError(f"--{flag} is missing: the {'teacher' if flag == 'path' else 'folder to make'}")
     args.destdir = args.destdir.rstrip(os.sep) or os.sep
+    unfold(args, ("bf16", torch_compile.OPTION))
     _refuse_unused(args, parser)
     if args.processes < 1:
         raise ConfigError(f"--processes {args.processes}: out of range; a number over 0")
@@ -218,6 +221,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--rescore {args.rescore}: nothing is dropped; say which share by --drop-worst")
     if args.task != TASK:
         raise ConfigError(f"--task {args.task}: the data is read as by translation; leave the flag out")
+    for name in ("max_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: out of range; a number over 0")
+    if args.sampling_topp > 1:
+        raise ConfigError(f"--sampling-topp {args.sampling_topp}: out of range; a share of the probability")
+    if args.max_len_a == 0 and args.max_len_b < args.min_len:
+        raise ConfigError(f"--max-len-b {args.max_len_b}: under --min-len {args.min_len}; no translation would do")
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 4000
     return args

@@ -18,6 +18,7 @@ from conftest import SIZES, TRAINING
 from corpus import preprocess
 from fairseq.data import Dictionary, indexed_dataset
 from test_foreign_tasks import base_dictionary, folder, made, sentences  # noqa: F401
+from test_torch_compile import HAS_COMPILER
 
 from kd_ext.sequences.binarized import write_side
 from kd_ext.sequences.choosing import Hypothesis, choose, failure_of, has_loop
@@ -371,6 +372,9 @@ def test_bad_usage(data, teacher, tmp_path):
         ("--min-score", "nan"): ["--min-score nan"],
         ("--post-process", "nonsense"): ["--post-process nonsense", "sentencepiece"],
         ("--task", "translation_lev"): ["--task translation_lev"],
+        ("--batch-size", "0"): ["--batch-size 0"],
+        ("--sampling", "--sampling-topp", "2"): ["--sampling-topp 2"],
+        ("--max-len-b", "0"): ["--max-len-b 0", "--min-len 1"],
     }.items():
         message = refused(data, teacher, out, *flags)
         assert all(part in message for part in parts), message
@@ -602,3 +606,17 @@ def test_a_teacher_for_each_language(data, teacher, student, tmp_path):
     message = refused(data, f"hi={student}", tmp_path / "none")
     assert "--path" in message
     assert "none for" in message
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--memory-efficient-bf16", "--torch-compile"])
+def test_precision_and_compiled_layers(best, data, teacher, tmp_path, flag):
+    """bfloat16 has other scores, compiled layers have the same."""
+    if flag == "--torch-compile" and not HAS_COMPILER:
+        pytest.skip("torch < 2.3")
+    made_of(data, teacher, tmp_path / "out", flag)
+    scores = [
+        [row.split("\t")[1] for row in (out / "translations.tsv").read_text().splitlines()]
+        for out in (best[0], tmp_path / "out")
+    ]
+    assert len(scores[0]) == len(scores[1])
+    assert (scores[0] == scores[1]) == (flag == "--torch-compile")

@@ -12,12 +12,14 @@ from fairseq.data import data_utils
 from kd_ext.errors import ConfigError
 from kd_ext.files.trained_with import of_dictionaries
 from kd_ext.modules.chunked_logits import spans
+from kd_ext.modules.compiled_layers import compile_layers
 from kd_ext.sequences.choosing import Hypothesis, Taken, choose, failure_of, sentence_metric
 from kd_ext.sequences.decoding import Decoder
 from kd_ext.sequences.reverse_scores import ReverseScores
 from kd_ext.teachers.assignment import Assignment, is_by_language, read_assignment
 from kd_ext.teachers.check import in_a_line
 from kd_ext.teachers.load import Source, identify_teacher, load_models, load_teacher
+from kd_ext.upstream import torch_compile
 from kd_ext.upstream.flat_tokens import sentences_of
 
 FORMAT = "kd_ext sequence distillation 1"
@@ -178,6 +180,9 @@ class Work:
         models = load_models(source, self._student())
         added = models[0].layout.added if models[0].layout is not None else (0, 0)
         longest = min(one.model.max_positions()[0] for one in models) - added[0]
+        if getattr(self.cfg.common, torch_compile.OPTION, False):
+            for one in models:
+                compile_layers(one.model)
         return Decoder(models, self.task, self.cfg, self.device, self.dtype), longest
 
     def _load_reverse(self) -> Optional[ReverseScores]:

@@ -2,7 +2,7 @@
 
 import copy
 from argparse import Namespace
-from typing import Any, Dict, Set
+from typing import Any, Dict, Iterable, Set
 
 from fairseq.dataclass.configs import OptimizationConfig
 
@@ -35,3 +35,9 @@ def fold_into_overrides(args: Namespace, settings: Dict[str, Any]) -> None:
     """Add `settings` to ``--model-overrides``, by which the commands that use a model hand them on with its path."""
     overrides = parse_overrides("--model-overrides", getattr(args, "model_overrides", "{}"))
     args.model_overrides = str({**overrides, **settings})
+
+
+def unfold(args: Namespace, names: Iterable[str]) -> None:
+    """Take settings out of ``--model-overrides`` again, for a command that reads the flags themselves."""
+    overrides = parse_overrides("--model-overrides", args.model_overrides)
+    args.model_overrides = str({key: value for key, value in overrides.items() if key not in names})
