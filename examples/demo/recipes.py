@@ -51,7 +51,7 @@ _COMPACT = (
 _ADAPTER = (
     *("--encoder-add-adapters", "--encoder-adapter-ids", ADAPTED, "--encoder-train-adapter", ADAPTED),
     *("--decoder-add-adapters", "--decoder-adapter-ids", ADAPTED, "--decoder-train-adapter", ADAPTED),
-    *("--adapter-activation-fn", "gelu", "--load-checkpoint-liberally"),
+    "--load-checkpoint-liberally",
     *("--finetune-from-model", f"student-both/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50"),
 )
 
