@@ -72,18 +72,17 @@ def _compare(results: List[Dict[str, Any]], base: List[Dict[str, Any]], referenc
     from sacrebleu.metrics import CHRF
     from sacrebleu.significance import PairedTest
 
-    ours, theirs = ({r["seed"]: r["translations"] for r in rows} for rows in (results, base))
-    seeds = sorted(ours.keys() & theirs.keys())
+    texts = [{r["seed"]: r["translations"] for r in rows} for rows in (base, results)]
+    seeds = sorted(texts[0].keys() & texts[1].keys())
     if not seeds:
         return ""
-    systems = [
-        (name, [text for seed in seeds for text in rows[seed]]) for name, rows in (("base", theirs), ("x", ours))
-    ]
+    systems = [(name, [text for seed in seeds for text in rows[seed]]) for name, rows in zip(("base", "x"), texts)]
     english = [[text for _ in seeds for _, text in references]]
     test = PairedTest(systems, {"chrF": CHRF(references=english)}, english, test_type="bs", n_samples=1000)
     _, found = test()
-    result = found["chrF"][1]
-    return f"{result.p_value:.3f}{'' if result.score > found['chrF'][0].score else ' (worse)'}"
+    (metric,) = (name for name in found if name != "System")  # sacrebleu's own name of it
+    theirs, ours = found[metric]
+    return f"{ours.p_value:.3f}{'' if ours.score > theirs.score else ' (worse)'}"
 
 
 def _draw(found: Dict[str, List[Dict[str, Any]]], path: Path) -> None:
