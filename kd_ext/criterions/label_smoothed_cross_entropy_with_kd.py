@@ -25,6 +25,7 @@ from kd_ext.modules.positions import Positions, true_first
 from kd_ext.modules.share_watch import UPDATES, ShareWatch
 from kd_ext.modules.token_selection import WINDOWS, SharedWindow, Tally, TokenSelector, selector_class
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
+from kd_ext.upstream.command_line import list_flags
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionCo
         default=1.0,
         metadata={"help": "temperature T of both softmaxes of the distillation term, which is multiplied by T^2"},
     )
+
+
+list_flags(LabelSmoothedCrossEntropyWithKDConfig, f"--criterion {CRITERION}")
 
 
 class _Batch:

@@ -20,6 +20,7 @@ from kd_ext.teachers.assignment import is_by_language, read_assignment
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
 from kd_ext.teachers.load import Source, identify_teacher, load_teacher
+from kd_ext.upstream.command_line import list_flags
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ class TranslationWithKDConfig(TranslationConfig):
         default=None,
         metadata={"help": "how many of the most probable words are kept of each token; 32 for a new cache"},
     )
+
+
+list_flags(TranslationWithKDConfig, "--task translation_with_kd")
 
 
 @register_task("translation_with_kd", dataclass=TranslationWithKDConfig)

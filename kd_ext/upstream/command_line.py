@@ -5,13 +5,15 @@ import difflib
 import functools
 import re
 import sys
-from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional
+from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Tuple
 
 from fairseq import options
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
 GROUP = "fairseq-kd-ext"
 _LISTED = "_kd_ext_listed"
+# dataclasses of flags, and what has to be given so that they are some: in the order in which they are handed down
+_LISTED_CONFIGS: List[Tuple[type, str]] = []
 
 
 class _Owned(NamedTuple):
@@ -48,6 +50,15 @@ def apply() -> None:
     options.parse_args_and_arch = parse_args_and_arch
 
 
+def list_flags(config: type, owner: str) -> None:
+    """Let ``--help`` list the flags of a dataclass.
+
+    Args:
+        owner: what has to be given so that they are flags, such as ``--task NAME``
+    """
+    _LISTED_CONFIGS.append((config, owner))
+
+
 def list_alone(parser: argparse.ArgumentParser, flags: Iterable[str]) -> None:
     """Of this project's flags let ``--help`` list these alone, whether the parser has them yet or not."""
     setattr(parser, _LISTED, list(flags))
@@ -57,17 +68,11 @@ def _own_flags(parser: argparse.ArgumentParser) -> Dict[str, _Owned]:
     """This project's flags of task, criterion and model, by name, for a command that trains."""
     if "--max-update" not in parser._option_string_actions:
         return {}
-    # not at the top: these register themselves when they are imported, after every touch is in place
-    from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKDConfig
-    from kd_ext.models.extension_flags import ExtensionFlags
-    from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDConfig
+    from kd_ext.models.extension_flags import ExtensionFlags  # models register themselves after every touch is in place
 
     found: Dict[str, _Owned] = {}
-    for config, owner, flat in (
-        (TranslationWithKDConfig, "--task translation_with_kd", {}),
-        (LabelSmoothedCrossEntropyWithKDConfig, f"--criterion {CRITERION}", {}),
-        (ExtensionFlags, "--arch transformer_ext, or one of the architectures made of it", {"with_prefix": ""}),
-    ):
+    of_models = (ExtensionFlags, "--arch transformer_ext, or one of the architectures made of it", {"with_prefix": ""})
+    for config, owner, flat in (*((config, owner, {}) for config, owner in _LISTED_CONFIGS), of_models):
         scratch = argparse.ArgumentParser(add_help=False)
         gen_parser_from_dataclass(scratch, config(), **flat)
         inherited = {name for base in config.__mro__[1:] for name in getattr(base, "__annotations__", {})}
