@@ -65,7 +65,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 def _main(arguments: List[str]) -> None:
     args = parse(arguments)
     parts = utils.split_paths(args.data)
-    places = [args.destdir] if len(parts) == 1 else [os.path.join(args.destdir, str(i)) for i in range(len(parts))]
+    places = _places(args)
     check_destination(args.destdir, parts)
     for part, place in enumerate(places):
         if os.path.isdir(place):  # of several, one that an earlier start made
@@ -153,7 +153,7 @@ def _help(arguments: List[str], part: int, index: int, done: List[int], counter:
     try:
         args = parse(arguments)
         work = Work(convert_namespace_to_omegaconf(args), args, part)
-        writer = WorkFiles.of(_place(args, part)).writer()
+        writer = WorkFiles.of(f"{_places(args)[part]}.part").writer()
         for number, content in work.run(index, args.processes, set(done)):
             writer.write(number, content)
             with counter.get_lock():
@@ -165,9 +165,10 @@ def _help(arguments: List[str], part: int, index: int, done: List[int], counter:
         sys.exit(1)
 
 
-def _place(args: argparse.Namespace, part: int) -> str:
-    several = len(utils.split_paths(args.data)) > 1
-    return f"{os.path.join(args.destdir, str(part)) if several else args.destdir}.part"
+def _places(args: argparse.Namespace) -> List[str]:
+    """The folder that is made of each part of the data."""
+    parts = len(utils.split_paths(args.data))
+    return [args.destdir] if parts == 1 else [os.path.join(args.destdir, str(i)) for i in range(parts)]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -81,14 +81,7 @@ def check_ctranslate2(student: Student) -> None:
         ConfigError: with all the reasons
     """
     settings = student.settings
-    reasons = []
-    for key in ("normalize_before", "attention_heads"):
-        values = [getattr(settings, f"{side}_{key}") for side in SIDES]
-        if values[0] != values[1]:
-            reasons.append(
-                f"--encoder-{key.replace('_', '-')} {values[0]} and --decoder-{key.replace('_', '-')} {values[1]}: "
-                "they must be the same"
-            )
+    reasons = _of_unlike_sides(settings, "normalize_before", "attention_heads")
     if settings.activation_fn not in _ACTIVATIONS:
         reasons.append(f"--activation-fn {settings.activation_fn}: it has {', '.join(_ACTIVATIONS)}")
     for key, reason in (
@@ -113,14 +106,7 @@ def check_huggingface(student: Student) -> None:
         ConfigError: with all the reasons
     """
     settings = student.settings
-    reasons = []
-    for key in ("normalize_before", "embed_dim"):
-        values = [getattr(settings, f"{side}_{key}") for side in SIDES]
-        if values[0] != values[1]:
-            reasons.append(
-                f"--encoder-{key.replace('_', '-')} {values[0]} and --decoder-{key.replace('_', '-')} {values[1]}: "
-                "they must be the same"
-            )
+    reasons = _of_unlike_sides(settings, "normalize_before", "embed_dim")
     for side in SIDES:
         if getattr(settings, f"{side}_learned_pos"):
             reasons.append(f"--{side}-learned-pos: both classes have sinusoidal positions")
@@ -145,6 +131,17 @@ def check_huggingface(student: Student) -> None:
                 f"({target}): M2M100 has one number of words, and its softmax would have more than the student's"
             )
     _refuse(student.path, "--format huggingface", reasons)
+
+
+def _of_unlike_sides(settings: Namespace, *keys: str) -> List[str]:
+    """The reasons against settings that differ between encoder and decoder."""
+    reasons = []
+    for key in keys:
+        values = [getattr(settings, f"{side}_{key}") for side in SIDES]
+        if values[0] != values[1]:
+            flag = key.replace("_", "-")
+            reasons.append(f"--encoder-{flag} {values[0]} and --decoder-{flag} {values[1]}: they must be the same")
+    return reasons
 
 
 def _add(reasons: List[str], settings: Namespace, key: str, reason: str) -> None:

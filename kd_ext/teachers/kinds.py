@@ -123,7 +123,7 @@ class Kind:
 
     def describe(self) -> str:
         """What of the format is not in the weights: it tells apart what one model is asked."""
-        return ""
+        return f"asked for {self.pair}" if self.languages_matter else ""
 
     def _tokens(self, dictionary: Any, words: List[str], student: Any) -> Tuple[int, ...]:
         """Those of the words that a student's sentences can have."""
@@ -162,9 +162,6 @@ class FromPretrainedBart(Kind):
             bos=source.bos() if getattr(self.cfg, "prepend_bos", False) else None,
             left_pad_source=utils.eval_bool(self.cfg.left_pad_source),
         )
-
-    def describe(self):
-        return f"asked for {self.pair}"
 
 
 class MultiSimpleEpoch(Kind):
@@ -263,9 +260,6 @@ class MultiSimpleEpoch(Kind):
             task.source_dictionary.pad(), *tokens, left_pad_source=utils.eval_bool(self.cfg.left_pad_source)
         )
 
-    def describe(self):
-        return f"asked for {self.pair}"
-
 
 class Multilingual(Kind):
     """``multilingual_translation``: one encoder and decoder for each pair, some of which may be one and the same.
@@ -321,9 +315,6 @@ class Multilingual(Kind):
 
     def model_of(self, model):
         return model.models["-".join(self.pair)]
-
-    def describe(self):
-        return f"asked for {self.pair}"
 
 
 KINDS = {
