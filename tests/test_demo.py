@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import fetch
 import figure
+import polib
 import pytest
 import recipes
 import run
@@ -83,6 +85,60 @@ def test_extraction_reads_catalogues_and_translations(tmp_path):
         Pair("hi", "%(count)s फ़ाइलें", "%(count)s files"),
         Pair("hi", "फ़ाइल सहेजें", "Save the file"),
     ]
+
+
+def test_catalogues_that_other_packages_have(tmp_path):
+    """Compiled ones, English in a comment, English in a file beside, a hash in a file's name."""
+    wheels, out = tmp_path / "wheels", tmp_path / "out"
+    wheels.mkdir()
+    out.mkdir()
+    compiled = polib.MOFile(encoding="utf-8")
+    compiled.append(polib.MOEntry(msgid="Save the file", msgstr="Datei speichern"))
+    named = """#. Default: "Send it"
+msgid "button_send"
+msgstr "Senden"
+
+msgid "label_only"
+msgstr "Nur ein Name"
+"""
+    a, b = "a" * 32, "b" * 32
+    files = {
+        "some/locale/de/LC_MESSAGES/both.po": named,
+        "some/locale/de/LC_MESSAGES/both.mo": b"not read where there is a source",
+        "some/locales/de_DE/LC_MESSAGES/compiled.mo": compiled.to_binary(),
+        "some/locale/de_AT/LC_MESSAGES/another.po": named.replace("Senden", "Abschicken"),
+        "some/locale/de/LC_MESSAGES/app.json": json.dumps({"x.title": "Wetter"}),
+        "some/locale/en/LC_MESSAGES/app.json": json.dumps({"x.title": "Weather"}),
+        f"some/static/translations/part/de-{a}.json": json.dumps({"title": "Regen"}),
+        f"some/static/translations/part/en-{b}.json": json.dumps({"title": "Rain"}),
+        f"some/static/translations/part/en-GB-{a}.json": json.dumps({"title": "Drizzle"}),
+    }
+    with zipfile.ZipFile(wheels / "some-1-py3-none-any.whl", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    extract(wheels, out, ["de"])
+    assert [(pair.foreign, pair.english) for pair in read_pairs(out / "pairs.tsv")] == [
+        ("Datei speichern", "Save the file"),
+        ("Regen", "Rain"),
+        ("Senden", "Send it"),
+        ("Wetter", "Weather"),
+    ]
+
+
+def test_a_split_has_its_limits(tmp_path):
+    pairs = [Pair(language, f"{language} {i}", f"en {i}") for language in ("de", "hi") for i in range(2000)]
+    pairs += [Pair("ta", f"ta {i}", f"en {i}") for i in range(20)]
+    write_pairs(tmp_path / "pairs.tsv", pairs)
+    split(tmp_path / "pairs.tsv", tmp_path, {"test": 10, "valid": 1}, {"train": 700, "test": 50})
+    found = {name: list(read_pairs(tmp_path / f"{name}.tsv")) for name in SPLITS}
+    counts = {name: Counter(pair.language for pair in part) for name, part in found.items()}
+    assert counts["train"]["de"] == counts["train"]["hi"] == 700
+    assert counts["test"]["hi"] == 50
+    assert 10 < counts["train"]["ta"] <= 20
+    assert counts["valid"]["de"] > 5
+    assert not {pair.english for pair in found["train"]} & {pair.english for pair in found["test"]}
+    # chosen from all of the text, not from its head
+    assert max(int(pair.english[3:]) for pair in found["train"]) > 1900
 
 
 def test_no_english_string_is_in_two_splits(tmp_path):

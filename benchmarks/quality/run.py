@@ -1,8 +1,7 @@
 """Which of it makes better small models: ``python benchmarks/quality/run.py STUDY`` trains, translates and compares.
 
-The demo's text, teacher and student, and its parts: what ``make demo`` has made is used, what it has not is made.
 Stopped, it goes on where it was. Of each run the scores and the raw translations are kept under
-``benchmarks/quality/results``, and a table and a plot are made of what there is.
+``benchmarks/quality/results``, with a table and a plot of what there is.
 """
 
 from __future__ import annotations
@@ -13,80 +12,190 @@ import os
 import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict
+from threading import Lock
+from typing import Any, Callable, Dict, List
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
+import corpora
 import recipes
 import run as demo
 import scores
 import tables
 from running import Commands
-from steps import Step, run_step
-from studies import STUDIES, runs
+from speeds import measure
+from steps import DemoError, Step, run_step
+from studies import SIZES, STUDIES, Run, Size, adapters, longer, runs, teachers
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# of the teacher's translations of the training set
+BEAM = 3
 
 
-def main() -> None:
+def main() -> int:
+    """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--updates", type=int, default=800, help="of each student: %(default)s")
-    parser.add_argument("--demo", type=Path, default=Path("demo-run"), help="the demo's folder: %(default)s")
+    parser.add_argument("study", choices=STUDIES["cpu"])
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="of the models: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students")
+    parser.add_argument("--only", help="the variants whose names begin so")
+    parser.add_argument("--out", type=Path, default=Path("quality-run"), help="folder of text and models: %(default)s")
+    parser.add_argument("--report", action="store_true", help="train nothing, write table and plot of what there is")
     options = parser.parse_args()
-    study, folder = STUDIES[options.study], RESULTS / options.study
+    study, size, root = STUDIES[options.size][options.study], SIZES[options.size], options.out.resolve()
+    folder = RESULTS / options.size / study.corpus
     folder.mkdir(parents=True, exist_ok=True)
-    commands = Commands(options.demo.resolve())
-    for step in demo.steps(commands, demo.parse([])):
-        demo.announce(commands.out, step)
-        if step.name == recipes.SEQUENCE:
-            break
-    # a bar's time left is that of whole runs
-    for variant, model in tqdm(runs(study, options.seeds), unit="run"):
-        kept = folder / f"{model.name}.json"
-        if not kept.exists():
-            one(commands, model, variant, options.updates, kept)
-        tables.write(study, folder)
+    try:
+        if not options.report:
+            studied = Studied(Commands(root / options.size / study.corpus), size, folder)
+            demo.announce(root, corpora.wheels(root))
+            for step in corpora.steps(corpora.CORPORA[study.corpus], studied.commands, root / "wheels"):
+                demo.announce(studied.commands.out, step)
+            studied.students(options.study, options.size, options.seeds, options.only or "")
+        tables.write(study, folder, root / options.size / study.corpus, RESULTS / options.size / options.study)
+    except DemoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
-def one(commands: Commands, model: recipes.Model, variant: str, updates: int, kept: Path) -> None:
-    """Train a student, translate the test set, and keep what came of it."""
-    name = f"quality-{model.name}"
-    started = time.monotonic()
-    command = recipes.train(model, updates, name)
-    train = Step(name, {"command": command}, partial(_train, commands, model, updates), model.after, resumes=True)
-    did_train = run_step(commands.out, train)
-    seconds = time.monotonic() - started
-    log = commands.log(f"{name}-translated")
-    log.unlink(missing_ok=True)
-    generate = [word.replace(f"{model.name}/", f"{name}/") for word in recipes.generate(model)]
-    commands.run(f"{name}-translated", generate, environment=recipes.TRANSLATION_ENVIRONMENT)
-    translations = scores.hypotheses(log.read_text(encoding="utf-8"))
-    pairs = demo.test_pairs(commands.out, model.language)
-    result: Dict[str, Any] = {
-        "variant": variant,
-        "seed": model.seed,
-        "command": [word for word in command if not word.startswith("/")],
-        "updates": updates,
-        "seconds": round(seconds) if did_train else None,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "parameters": scores.parameters(
-            commands.out / name / recipes.CHECKPOINT, commands.out / model.data, recipes.USER_DIR
-        ),
-        **scores.score(translations, pairs),
-    }
-    kept.with_suffix(".txt").write_text("".join(f"{text}\n" for text in translations), encoding="utf-8")
-    tables.keep_references(kept.parent, pairs)
-    kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+class Studied:
+    """Trains and translates.
+
+    Args:
+        commands: of the corpus
+        size: of the models
+        folder: what is kept of each run
+    """
+
+    def __init__(self, commands: Commands, size: Size, folder: Path) -> None:
+        self.commands, self.size, self._folder = commands, size, folder
+        self._loading = Lock()
+        self._environment = {"OMP_NUM_THREADS": str(size.threads)}
+
+    def students(self, name: str, size: str, seeds: List[int], only: str) -> None:
+        """Train a study's teachers, then its students."""
+        study = STUDIES[size][name]
+        chosen = [run for run in runs(study, self.size, seeds) if run.variant.startswith(only)]
+        taught_by = teachers(study, size)
+        for tuned in (False, True):  # those are of the others
+            of = [model for model in taught_by if bool(model.reads) is tuned]
+            self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of], self._one)
+        if any(run.model.sequence for run in chosen):
+            demo.announce(self.commands.out, self._sequence())
+        if study.equal_time:
+            timed = (*study.equal_time, study.against[-1])
+            one_each = [run for run in runs(study, self.size, [1]) if run.variant in timed]
+            path = self._folder / "speeds.json"
+            found = measure(path, one_each, self._command, self.commands, self._environment)
+            chosen += [run for run in longer(study, self.size, seeds, found) if run.variant.startswith(only)]
+        self._all(chosen, self._one)
+        if not only:
+            self._all(adapters(study, size, seeds), self._one)
+        if study.plot == "size":
+            self._decoding(runs(study, self.size, seeds[:1]))
+
+    def _kept(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _all(self, those: List[Run], do: Callable[[Run], Any]) -> None:
+        """Some side by side; the bar's time left is that of what is waited for."""
+        left = [run for run in those if not self._kept(run.model.name).exists()]
+        with ThreadPoolExecutor(self.size.at_once) as pool, tqdm(total=sum(run.updates for run in left)) as bar:
+            bar.set_description(f"{len(left)} of {len(those)} trainings, updates")
+            futures = {pool.submit(do, run): run for run in left}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update(futures[future].updates)
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def _command(self, run: Run, folder: str) -> List[str]:
+        # a run is short: nothing but its last weights is needed
+        flags = ("--disable-validation", "--save-interval-updates", "1000000", "--no-save-optimizer-state")
+        return [*recipes.train(run.model, run.updates, folder, self.size.device), *flags]
+
+    def _train(self, run: Run) -> float:
+        """How many seconds it took, 0 if it had been done."""
+        name = run.model.name
+        started = time.monotonic()
+        work = partial(self._run, run)
+        step = Step(name, {"command": self._command(run, name)}, work, run.model.after)
+        return time.monotonic() - started if run_step(self.commands.out, step) else 0
+
+    def _run(self, run: Run, folder: Path) -> None:
+        self.commands.run(run.model.name, self._command(run, folder.name), environment=self._environment)
+
+    def _sequence(self) -> Step:
+        """The teacher's translations of the training set."""
+        device = (*self.size.device, "--processes", str(self.size.at_once))
+        command = recipes.translate_training_set(recipes.SEQUENCE, BEAM, device)
+        total = sum(1 for _ in (self.commands.out / "pieces" / "train.src").open(encoding="utf-8"))
+
+        def work(folder: Path) -> None:
+            self.commands.run(
+                recipes.SEQUENCE,
+                recipes.translate_training_set(folder.name, BEAM, device),
+                total,
+                recipes.sentence_of,
+                recipes.TRANSLATION_ENVIRONMENT,
+            )
+
+        return Step(recipes.SEQUENCE, {"command": command}, work, (recipes.DATA, recipes.TEACHER), resumes=True)
+
+    def _decoding(self, those: List[Run]) -> None:
+        """How fast each translates, by turns."""
+        path = self._folder / "decoding.json"
+        models = {run.variant: f"{run.model.name}/{recipes.CHECKPOINT}" for run in those}
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")).keys() == models.keys():
+            return
+        command = recipes.measure_speeds("decoding-measured.json", models)
+        self.commands.run("decoding", command, environment=recipes.TRANSLATION_ENVIRONMENT)
+        found = json.loads((self.commands.out / "decoding-measured.json").read_text(encoding="utf-8"))
+        speeds = {name: round(by_size[scores.BATCHES[-1]], 1) for name, by_size in found.items()}
+        path.write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
+
+    def _one(self, run: Run) -> None:
+        """Train, translate the test set, and keep what came of it."""
+        seconds = self._train(run)
+        model, out = run.model, self.commands.out
+        name = f"{model.name}-translated"
+        log = self.commands.log(name)
+        log.unlink(missing_ok=True)
+        self.commands.run(name, recipes.generate(model, self.size.device), environment=self._environment)
+        translations = scores.hypotheses(log.read_text(encoding="utf-8"))
+        checkpoint = out / model.name / recipes.CHECKPOINT
+        result: Dict[str, Any] = {
+            "variant": run.variant,
+            "seed": model.seed,
+            "language": model.language,
+            "command": [word for word in self._command(run, model.name) if not word.startswith("/")],
+            "updates": run.updates,
+            "seconds": round(seconds) or None,
+            "at_once": self.size.at_once,
+            "machine": machine(),
+            "parameters": self._parameters(checkpoint, out / model.data),
+            **scores.score(translations, demo.test_pairs(out, model.language)),
+        }
+        kept = self._kept(model.name)
+        kept.with_suffix(".txt").write_text("".join(f"{text}\n" for text in translations), encoding="utf-8")
+        kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def _parameters(self, checkpoint: Path, data: Path) -> int:
+        with self._loading:  # fairseq's registries are not made for threads
+            return scores.parameters(checkpoint, data, recipes.USER_DIR)
 
 
-def _train(commands: Commands, model: recipes.Model, updates: int, folder: Path) -> None:
-    commands.run(f"quality-{model.name}", recipes.train(model, updates, folder.name), updates, recipes.update_of)
+def machine() -> str:
+    """What ran it."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

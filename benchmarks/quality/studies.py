@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Dict, List, NamedTuple, Tuple
+from dataclasses import replace
+from typing import Dict, Iterable, List, NamedTuple, Tuple
 
 import recipes
-from recipes import Model
+from corpora import CORPORA
+from recipes import CHECKPOINT, PLAIN, TEACHER, Model
 
-_SELECTED = ("--kd-rate", "0.5")
-_GLOBAL = (*_SELECTED, "--kd-queue-size", "30000")
+
+class Size(NamedTuple):
+    """What a study is run with.
+
+    Attributes:
+        device: flags of every fairseq command
+        teacher, student: of fairseq-train
+        teacher_updates, student_updates, tuning_updates: how long each is trained
+        at_once: trainings that run side by side
+        threads: of each
+    """
+
+    device: Tuple[str, ...]
+    teacher: Tuple[str, ...]
+    student: Tuple[str, ...]
+    teacher_updates: int
+    student_updates: int
+    tuning_updates: int
+    at_once: int
+    threads: int
+
+
+SIZES = {
+    # side by side on one thread each, two trainings take 0.7 of the time that they take in turn on two
+    "cpu": Size(recipes.CPU, recipes.dimensions(192, 2, 2), recipes.dimensions(96, 2, 1), 1600, 1000, 200, 2, 1),
+    "gpu": Size(
+        ("--fp16", "--max-tokens", "8000"),
+        recipes.dimensions(512, 6, 6),
+        recipes.dimensions(256, 6, 2),
+        *(6000, 4000, 500),
+        *(3, 2),
+    ),
+}
 
 
 class Study(NamedTuple):
@@ -17,73 +49,230 @@ class Study(NamedTuple):
 
     Attributes:
         question: in one line
-        baseline: the one that the others are tested against
+        corpus: what they are trained on
         variants: what is different about each, by its name
+        against: those that the others are tested against
+        equal_time: of those, these are trained again, for as long as the last of `against` takes
+        adapted: the one that gets an adapter for each language on top
+        plot: what the plot has on its axes: ``scores`` by variant, or ``size`` against score
     """
 
     question: str
-    baseline: str
+    corpus: str
     variants: Dict[str, Model]
+    against: Tuple[str, ...]
+    equal_time: Tuple[str, ...] = ()
+    adapted: str = ""
+    plot: str = "scores"
 
 
-def _taught(strategy: str, *flags: str, sequence: bool = False) -> Model:
-    teacher = f"{recipes.TEACHER}/{recipes.CHECKPOINT}"
-    arguments = (
-        *recipes.STUDENT,
-        *("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"),
-        *("--teacher-checkpoint-path", teacher, "--kd-strategy", strategy),
-    )
-    return Model("", "student_updates", (*arguments, *flags), (recipes.TEACHER,), sequence=sequence)
-
-
-def _alone(sequence: bool = False) -> Model:
-    return Model("", "student_updates", (*recipes.STUDENT, *recipes.PLAIN), sequence=sequence)
-
-
-STUDIES = {
-    "languages": Study(
-        "Six languages, two of them with 88 % of the tokens: what distils best into one student?",
-        "alone",
-        {
-            "alone": _alone(),
-            "word, alpha 0.5": _taught("word_seq_level", "--alpha", "0.5"),
-            "word, alpha 1": _taught("word_level"),
-            "batch, rate 0.5": _taught("batch_level", *_SELECTED),
-            "global, rate 0.5": _taught("global_level", *_GLOBAL),
-            "language-wise, each": _taught("global_language_wise", *_SELECTED, "--kd-queue-size", "1000000"),
-            "language-wise, shared": _taught("global_language_wise", *_GLOBAL, "--kd-queue-window", "shared"),
-            "sequence": _alone(sequence=True),
-            "sequence and word": _taught("word_seq_level", "--alpha", "0.5", sequence=True),
+def _teachers(size: Size) -> Dict[str, Model]:
+    """All there are, by their name."""
+    arguments = ("--arch", "transformer", *size.teacher, *PLAIN)
+    teacher = Model(TEACHER, "teacher_updates", arguments)
+    tuned = ("--finetune-from-model", f"{TEACHER}/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50")
+    return {
+        TEACHER: teacher,
+        f"{TEACHER}-2": replace(teacher, name=f"{TEACHER}-2", seed=2),
+        f"{TEACHER}-unsmoothed": replace(
+            teacher, name=f"{TEACHER}-unsmoothed", arguments=(*arguments, "--label-smoothing", "0")
+        ),
+        **{
+            f"{TEACHER}-{language}": Model(
+                f"{TEACHER}-{language}", "tuning_updates", (*arguments, *tuned), (TEACHER,), language
+            )
+            for language in CORPORA["languages"].languages
         },
-    ),
-    "ablations": Study(
-        "What do rate, window and temperature do?",
-        "word, alpha 0.5",
-        {
-            "word, alpha 0.5": _taught("word_seq_level", "--alpha", "0.5"),
-            **{
-                f"global, rate {rate}": _taught("global_level", "--kd-rate", rate, "--kd-queue-size", "30000")
-                for rate in ("0.25", "0.5", "0.75", "1")
+    }
+
+
+def _studies(size: Size) -> Dict[str, Study]:
+    plain = ("--arch", "transformer", *size.student)
+    selected = ("--kd-rate", "0.5")
+    window = ("--kd-queue-size", "30000")
+
+    def alone(*flags: str, sequence: bool = False, arch: Tuple[str, ...] = plain) -> Model:
+        return Model("", "student_updates", (*arch, *PLAIN, *flags), sequence=sequence)
+
+    def taught(
+        strategy: str,
+        *flags: str,
+        teachers: Tuple[str, ...] = (TEACHER,),
+        sequence: bool = False,
+        arch: Tuple[str, ...] = plain,
+    ) -> Model:
+        arguments = (
+            *arch,
+            *("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"),
+            *("--teacher-checkpoint-path", ":".join(f"{name}/{CHECKPOINT}" for name in teachers)),
+            *("--kd-strategy", strategy, *flags),
+        )
+        return Model("", "student_updates", arguments, teachers, sequence=sequence)
+
+    def word(*flags: str, teachers: Tuple[str, ...] = (TEACHER,), arch: Tuple[str, ...] = plain) -> Model:
+        return taught("word_seq_level", "--alpha", "0.5", *flags, teachers=teachers, arch=arch)
+
+    strategies = {
+        "alone": alone(),
+        "word, alpha 0.5": word(),
+        "word, alpha 1": taught("word_level"),
+        "batch, rate 0.5": taught("batch_level", *selected),
+        "global, rate 0.5": taught("global_level", *selected, *window),
+    }
+    specialists = tuple(f"{TEACHER}-{language}" for language in CORPORA["languages"].languages)
+    by_language = ",".join(f"{name[len(TEACHER) + 1 :]}={name}/{CHECKPOINT}" for name in specialists)
+    shapes = {
+        "2 + 1 layers of 96": plain,
+        "1 + 1 layers": (*plain, "--encoder-layers", "1"),
+        "4 + 1 layers": (*plain, "--encoder-layers", "4"),
+        "width 64": (*plain, *recipes.dimensions(64, 2, 1)),
+        "width 128": (*plain, *recipes.dimensions(128, 2, 1)),
+        "recurrent stacking": ("--arch", "transformer_ext", *size.student, *_STACKED),
+        "factorized to 32": ("--arch", "transformer_ext", *size.student, *_FACTORIZED),
+        "both": ("--arch", "transformer_ext", *size.student, *_STACKED, *_FACTORIZED),
+        "both, width 128": ("--arch", "transformer_ext", *recipes.dimensions(128, 2, 1), *_STACKED, *_FACTORIZED),
+    }
+    return {
+        "pair": Study(
+            "German to English: what distils best into one student?",
+            "pair",
+            {
+                **strategies,
+                "sequence": alone(sequence=True),
+                "sequence and word, alpha 0.5": taught("word_seq_level", "--alpha", "0.5", sequence=True),
+                "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2")),
             },
-            # about 1,000 target tokens a batch
-            **{
-                f"global, window of {batches} batches": _taught(
-                    "global_level", *_SELECTED, "--kd-queue-size", str(1000 * batches)
-                )
-                for batches in (1, 3, 10, 100)
+            ("alone", "word, alpha 0.5"),
+            equal_time=("alone", "sequence", "two teachers, word, alpha 0.5"),
+        ),
+        "languages": Study(
+            "Ten languages with 1,000 to 30,000 pairs: what distils best into one student?",
+            "languages",
+            {
+                **strategies,
+                "language-wise, each": taught("global_language_wise", *selected, *window),
+                "language-wise, shared": taught(
+                    "global_language_wise", *selected, *window, "--kd-queue-window", "shared"
+                ),
+                "a teacher for each, word, alpha 0.5": replace(
+                    word("--teacher-checkpoint-path", by_language), reads=specialists
+                ),
             },
-            "word, temperature 2": _taught("word_seq_level", "--alpha", "0.5", "--kd-temperature", "2"),
-        },
-    ),
-}
+            ("alone", "word, alpha 0.5"),
+        ),
+        "size": Study(
+            "Ten languages: which small model, distilled or not?",
+            "languages",
+            {
+                **{f"{name}, alone": alone(arch=arch) for name, arch in shapes.items()},
+                **{f"{name}, distilled": word(arch=arch) for name, arch in shapes.items()},
+            },
+            (),
+            adapted="2 + 1 layers of 96, distilled",
+            plot="size",
+        ),
+        "ablations": Study(
+            "German to English: what do the settings do?",
+            "pair",
+            {
+                **{name: strategies[name] for name in ("alone", "word, alpha 0.5")},
+                **{
+                    f"global, rate {rate}": taught("global_level", "--kd-rate", rate, *window)
+                    for rate in ("0.25", "0.5", "0.75", "1")
+                },
+                # about 1,000 target tokens a batch
+                **{
+                    f"global, rate 0.5, window of {batches} batches": taught(
+                        "global_level", *selected, "--kd-queue-size", str(1000 * batches)
+                    )
+                    for batches in (1, 3, 10, 100)
+                },
+                "word, temperature 2": word("--kd-temperature", "2"),
+                **{
+                    f"word, the {words} most probable": word(
+                        "--teacher-cache-dir", f"cache-{words}", "--teacher-cache-top-k", words
+                    )
+                    for words in ("8", "32", "128")
+                },
+                "word, unsmoothed teacher": word(teachers=(f"{TEACHER}-unsmoothed",)),
+                **{f"alone, dropout {rate}": alone("--dropout", rate) for rate in ("0", "0.3")},
+                **{f"word, dropout {rate}": word("--dropout", rate) for rate in ("0", "0.3")},
+            },
+            ("alone", "word, alpha 0.5"),
+        ),
+    }
 
 
-def model_of(variant: str, model: Model, seed: int) -> Model:
-    """One run of a variant."""
-    name = "".join(c if c.isalnum() or c == "." else "-" for c in variant).replace("--", "-")
-    return dataclasses.replace(model, name=f"{name}-seed{seed}", seed=seed)
+ADAPTERS = ", an adapter for each language"
+# as many depths as the student has layers, one layer's parameters on each side
+_STACKED = ("--encoder-recurrent-stacking", "2", "--decoder-recurrent-stacking", "1")
+_FACTORIZED = ("--encoder-factorized-embed-dim", "32", "--decoder-factorized-embed-dim", "32")
+TEACHERS = {name: _teachers(size) for name, size in SIZES.items()}
+STUDIES = {name: _studies(size) for name, size in SIZES.items()}
 
 
-def runs(study: Study, seeds: List[int]) -> List[Tuple[str, Model]]:
-    """All, each seed of every variant before the next seed."""
-    return [(variant, model_of(variant, model, seed)) for seed in seeds for variant, model in study.variants.items()]
+class Run(NamedTuple):
+    """One training of a variant."""
+
+    variant: str
+    model: Model
+    updates: int
+
+
+def named(variant: str, model: Model, seed: int) -> Model:
+    """One run of a variant; of what two studies have in common there is one."""
+    name = "-".join("".join(c if c.isalnum() or c == "." else " " for c in variant).split())
+    return replace(model, name=f"{name}-seed{seed}", seed=seed)
+
+
+def runs(study: Study, size: Size, seeds: Iterable[int]) -> List[Run]:
+    """All of equal updates, each seed of every variant before the next seed."""
+    return [
+        Run(variant, named(variant, model, seed), getattr(size, model.updates))
+        for seed in seeds
+        for variant, model in study.variants.items()
+    ]
+
+
+def longer(study: Study, size: Size, seeds: Iterable[int], speeds: Dict[str, float]) -> List[Run]:
+    """All of equal time.
+
+    Args:
+        study: whose
+        size: what it is run with
+        seeds: of the runs
+        speeds: updates a second of each variant
+    """
+    found = []
+    for seed in seeds:
+        for variant in study.equal_time:
+            name = f"{variant}, equal time"
+            updates = size.student_updates * speeds[variant] / speeds[study.against[-1]]
+            found.append(Run(name, named(name, study.variants[variant], seed), round(updates / 10) * 10))
+    return found
+
+
+def adapters(study: Study, size: str, seeds: Iterable[int]) -> List[Run]:
+    """One for each language, on top of what has been trained."""
+    found = []
+    for seed in seeds if study.adapted else ():
+        base = named(study.adapted, study.variants[study.adapted], seed).name
+        for language in CORPORA[study.corpus].languages:
+            arguments = (
+                *("--arch", "transformer_ext", *SIZES[size].student, *PLAIN, "--load-checkpoint-liberally"),
+                *("--finetune-from-model", f"{base}/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50"),
+                *("--encoder-add-adapters", "--encoder-adapter-ids", language, "--encoder-train-adapter", language),
+                *("--decoder-add-adapters", "--decoder-adapter-ids", language, "--decoder-train-adapter", language),
+            )
+            variant = f"{study.adapted}{ADAPTERS}"
+            model = named(f"{variant} {language}", Model("", "tuning_updates", arguments, (base,), language), seed)
+            found.append(Run(variant, model, SIZES[size].tuning_updates))
+    return found
+
+
+def teachers(study: Study, size: str) -> List[Model]:
+    """All that the students read, each after those that it reads itself."""
+    found: Dict[str, Model] = {}
+    for name in [TEACHER, *(name for model in study.variants.values() for name in model.reads)]:
+        found.setdefault(name, TEACHERS[size][name])
+    return list(found.values())

@@ -5,50 +5,134 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import mean
-from typing import Any, Dict, List
+from typing import Any, Dict, List, NamedTuple, Optional
 
+import plots
+import recipes
+import run as demo
+import scores
 from catalogues import Pair
-from studies import Study
+from studies import ADAPTERS, Study
 
-# of the demo's languages: two have 88 % of the tokens
-FREQUENT, RARE = ("de", "es"), ("bn", "hi", "mr", "ta")
-_REFERENCES = "references.json"
-
-
-def keep_references(folder: Path, pairs: List[Pair]) -> None:
-    """Of the test set, for the comparison of pairs; not to be committed, they are other people's text."""
-    (folder / _REFERENCES).write_text(
-        json.dumps([[pair.language, pair.english] for pair in pairs], ensure_ascii=False), encoding="utf-8"
-    )
+# with fewer test sentences a language's scores are of chance
+FEWEST = 300
+_SAMPLES = 1000
 
 
-def write(study: Study, folder: Path) -> None:
-    """Write ``table.md`` and ``scores.png``."""
-    found: Dict[str, List[Dict[str, Any]]] = {variant: [] for variant in study.variants}
-    for path in sorted(folder.glob("*-seed*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        result["translations"] = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-        if result["variant"] in found:
-            found[result["variant"]].append(result)
-    found = {variant: results for variant, results in found.items() if results}
-    if not found:
+class Row(NamedTuple):
+    """What came of a variant, seed by seed."""
+
+    name: str
+    runs: List[Dict[str, Any]]
+
+    def values(self, language: str, metric: str) -> List[float]:
+        """A score of each seed."""
+        return [run["scores"][language][metric] for run in self.runs]
+
+
+def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
+    """Write ``<path>.md`` and ``<path>.png``.
+
+    Args:
+        study: whose runs to take
+        folder: what was kept of the corpus's runs
+        corpus: its text
+        path: of both, without the suffix
+    """
+    references = demo.test_pairs(corpus, None)
+    rows = read(study, folder, references)
+    if not rows:
         return
-    references = json.loads((folder / _REFERENCES).read_text(encoding="utf-8"))
-    lines = ["| student | seeds | BLEU | chrF | chrF, frequent | chrF, rare | better than the first, p | seconds |"]
-    lines.append("|---" * 8 + "|")
-    base = found.get(study.baseline)
-    for variant, results in found.items():
-        cells = [variant, str(len(results))]
-        cells += [_spread([r["scores"]["all"][metric] for r in results]) for metric in ("bleu", "chrf")]
-        cells += [_spread([_pooled(r, references, group) for r in results]) for group in (FREQUENT, RARE)]
-        cells.append("" if base is None or variant == study.baseline else _compare(results, base, references))
-        seconds = [r["seconds"] for r in results if r["seconds"]]
-        cells.append(f"{mean(seconds):.0f}" if seconds else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    first = next(iter(found.values()))[0]
-    lines += ["", *(f"{metric}: `{signature}`" for metric, signature in first["signatures"].items())]
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _draw(found, folder / "scores.png")
+    texts = [pair.english for pair in references]
+    groups = _groups(rows[0].runs[0]["scores"])
+    of_size = study.plot == "size"
+    head = ["student", "seeds", "updates", *(["parameters", "MB"] if of_size else []), "BLEU", "chrF"]
+    speeds = _speeds(folder) if of_size else {}
+    head += [f"chrF, {name} ({size})" for name, size in groups.items()]
+    head += ["sentences/s"] if of_size else [f"over {name}" for name in study.against]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        cells = [row.name, str(len(row.runs)), str(row.runs[0]["updates"] or "")]
+        if of_size:
+            parameters = row.runs[0]["parameters"]
+            cells += [f"{parameters:,}", f"{megabytes(parameters):.1f}"]
+        cells += [_spread(row.values("all", metric)) for metric in ("bleu", "chrf")]
+        cells += [_spread([_pooled(run, references, name) for run in row.runs]) for name in groups]
+        if of_size:
+            cells.append(f"{speeds[row.name]:.0f}" if row.name in speeds else "")
+        else:
+            cells += [_compare(row, _find(rows, name), texts) for name in study.against]
+        lines.append(cells)
+    text = [study.question, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
+    text += [f"{metric}: `{signature}`" for metric, signature in rows[0].runs[0]["signatures"].items()]
+    path.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    if of_size:
+        plots.sizes(rows, speeds, path.with_suffix(".png"))
+    else:
+        plots.scores(rows, path.with_suffix(".png"))
+
+
+def megabytes(parameters: int) -> float:
+    """Of float32."""
+    return parameters * 4 / 1e6
+
+
+def read(study: Study, folder: Path, references: List[Pair]) -> List[Row]:
+    """The teacher, then the variants in the study's order, those of equal time and with adapters behind."""
+    order = [recipes.TEACHER, *study.variants, *(f"{name}, equal time" for name in study.equal_time)]
+    adapted = f"{study.adapted}{ADAPTERS}"
+    found: Dict[str, List[Dict[str, Any]]] = {name: [] for name in [*order, adapted]}
+    for path in sorted(folder.glob("*-seed*.json")) + [folder / f"{recipes.TEACHER}.json"]:
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            result["translations"] = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+            found.get(result["variant"], []).append(result)
+    found[adapted] = [
+        together
+        for base in found.get(study.adapted, [])
+        for together in _together([run for run in found[adapted] if run["seed"] == base["seed"]], base, references)
+    ]
+    return [Row(name, sorted(runs, key=lambda run: int(run["seed"]))) for name, runs in found.items() if runs]
+
+
+def _together(runs: List[Dict[str, Any]], base: Dict[str, Any], references: List[Pair]) -> List[Dict[str, Any]]:
+    """Those of one language each, as one of all; none before there are all."""
+    if {run["language"] for run in runs} != {pair.language for pair in references}:
+        return []
+    lines = {run["language"]: iter(run["translations"]) for run in runs}
+    translations = [next(lines[pair.language]) for pair in references]
+    parameters = base["parameters"] + sum(run["parameters"] - base["parameters"] for run in runs)
+    return [
+        {**runs[0], "parameters": parameters, "translations": translations, **scores.score(translations, references)}
+    ]
+
+
+def _find(rows: List[Row], name: str) -> Optional[Row]:
+    return next((row for row in rows if row.name == name), None)
+
+
+def _speeds(folder: Path) -> Dict[str, float]:
+    path = folder / "decoding.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _groups(scores: Dict[str, Any]) -> Dict[str, int]:
+    """Languages with enough test sentences, and the others together, with how many they have."""
+    languages = {name: score["sentences"] for name, score in scores.items() if name != "all"}
+    found = {name: size for name, size in sorted(languages.items(), key=lambda each: -each[1]) if size >= FEWEST}
+    rest = {name: size for name, size in languages.items() if size < FEWEST}
+    if rest and found:
+        found[" ".join(rest)] = sum(rest.values())
+    return found
+
+
+def _pooled(run: Dict[str, Any], references: List[Pair], group: str) -> float:
+    """chrF of the languages' sentences together."""
+    from sacrebleu.metrics import CHRF
+
+    chosen = [i for i, pair in enumerate(references) if pair.language in group.split()]
+    texts = [run["translations"][i] for i in chosen]
+    return float(CHRF().corpus_score(texts, [[references[i].english for i in chosen]]).score)
 
 
 def _spread(values: List[float]) -> str:
@@ -58,47 +142,21 @@ def _spread(values: List[float]) -> str:
     return f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def _pooled(result: Dict[str, Any], references: List[List[str]], languages: Any) -> float:
-    """chrF of the languages' sentences together: each rare one has some forty."""
-    from sacrebleu.metrics import CHRF
-
-    chosen = [i for i, (language, _) in enumerate(references) if language in languages]
-    texts = [result["translations"][i] for i in chosen]
-    return float(CHRF().corpus_score(texts, [[references[i][1] for i in chosen]]).score)
-
-
-def _compare(results: List[Dict[str, Any]], base: List[Dict[str, Any]], references: List[List[str]]) -> str:
-    """Paired bootstrap resampling (Koehn, 2004) of chrF over the sentences of all seeds that both have."""
+def _compare(row: Row, base: Optional[Row], references: List[str]) -> str:
+    """The difference in chrF, and p by paired bootstrap resampling (Koehn, 2004), over all seeds that both have."""
     from sacrebleu.metrics import CHRF
     from sacrebleu.significance import PairedTest
 
-    texts = [{r["seed"]: r["translations"] for r in rows} for rows in (base, results)]
-    seeds = sorted(texts[0].keys() & texts[1].keys())
+    if base is None or base.name == row.name or row.name == recipes.TEACHER:
+        return ""
+    ours, theirs = ({run["seed"]: run["translations"] for run in each.runs} for each in (row, base))
+    seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return ""
-    systems = [(name, [text for seed in seeds for text in rows[seed]]) for name, rows in zip(("base", "x"), texts)]
-    english = [[text for _ in seeds for _, text in references]]
-    test = PairedTest(systems, {"chrF": CHRF(references=english)}, english, test_type="bs", n_samples=1000)
+    systems = [(name, [text for seed in seeds for text in of[seed]]) for name, of in (("base", theirs), ("x", ours))]
+    repeated = [[text for _ in seeds for text in references]]
+    test = PairedTest(systems, {"chrF": CHRF(references=repeated)}, repeated, test_type="bs", n_samples=_SAMPLES)
     _, found = test()
     (metric,) = (name for name in found if name != "System")  # sacrebleu's own name of it
-    theirs, ours = found[metric]
-    return f"{ours.p_value:.3f}{'' if ours.score > theirs.score else ' (worse)'}"
-
-
-def _draw(found: Dict[str, List[Dict[str, Any]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 + 0.4 * len(found)), layout="constrained")
-    for row, results in enumerate(found.values()):
-        points = [r["scores"]["all"]["chrf"] for r in results]
-        axes.plot(points, [row] * len(points), "o", color="tab:blue", alpha=0.6)
-        axes.plot([mean(points)], [row], "|", color="black", markersize=14)
-    axes.set(xlabel="chrF of the test set, a point a seed, a line their mean")
-    axes.set_yticks(range(len(found)), list(found))
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    before, after = found[metric]
+    return f"{after.score - before.score:+.1f}, p {after.p_value:.3f}"

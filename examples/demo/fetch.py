@@ -11,7 +11,7 @@ from steps import DemoError
 WHEELS = Path(__file__).with_name("wheels.txt")
 
 
-def fetch(folder: Path, log: Path) -> None:
+def fetch(folder: Path, log: Path, wheels: Path = WHEELS) -> None:
     """Download the pinned wheels, checked against their hashes; pip shows its progress bar on a terminal.
 
     Raises:
@@ -20,7 +20,7 @@ def fetch(folder: Path, log: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries", "2"]
     # the wheels are read, not installed: the Python that they ask for does not matter
-    command += ["--ignore-requires-python", "--require-hashes", "-r", str(WHEELS), "-d", str(folder)]
+    command += ["--ignore-requires-python", "--require-hashes", "-r", str(wheels), "-d", str(folder)]
     with log.open("a", encoding="utf-8") as file:
         start = file.tell()
         if sys.stdout.isatty():
@@ -35,4 +35,4 @@ def fetch(folder: Path, log: Path) -> None:
     if "connection broken" in said:
         raise DemoError(f"fetch: the package registry cannot be reached; is there a network? (log: {log})")
     errors = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines()[-1:] or ["?"]
-    raise DemoError(f"fetch: pip could not download {WHEELS.name}: {errors[0]} (log: {log})")
+    raise DemoError(f"fetch: pip could not download {wheels.name}: {errors[0]} (log: {log})")

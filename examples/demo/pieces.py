@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator, List
+from typing import Collection, Iterator, List
 
 import sentencepiece
 from catalogues import LANGUAGES, Pair, read_pairs, write_pairs
@@ -11,7 +11,11 @@ from splitting import SPLITS
 
 VOCABULARY = 4000
 MAX_PIECES = 24
-TAGS = [f"__src__{language}" for language in LANGUAGES] + ["__tgt__en"]
+
+
+def tags(languages: Collection[str]) -> List[str]:
+    """Of sources in these languages, and of the target."""
+    return [f"__src__{language}" for language in languages] + ["__tgt__en"]
 
 
 def tagged(pair: Pair) -> str:
@@ -19,25 +23,26 @@ def tagged(pair: Pair) -> str:
     return f"__src__{pair.language} __tgt__en {pair.foreign}"
 
 
-def cut(text: Path, language: str, folder: Path) -> None:
+def cut(text: Path, alone: Collection[str], folder: Path, languages: Collection[str] = LANGUAGES) -> None:
     """Learn one sentencepiece model of both sides of the training text, and cut every split with it.
 
     Writes ``sentencepiece.model``, and for each split ``<split>.src`` and ``<split>.en`` of pieces and
-    ``<split>.tsv`` of the pairs that were short enough, line by line; the sentences of `language` also by
-    themselves, ``<language>.<split>.*``.
+    ``<split>.tsv`` of the pairs that were short enough, line by line; the sentences of the languages
+    `alone` also by themselves, ``<language>.<split>.*``.
     """
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_sentences(text / "train.tsv"),
         model_prefix=str(folder / "sentencepiece"),
         vocab_size=VOCABULARY,
-        user_defined_symbols=TAGS,
+        user_defined_symbols=tags(languages),
         minloglevel=2,
     )
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
     for name in SPLITS:
         pairs = list(read_pairs(text / f"{name}.tsv"))
         _write(model, pairs, folder, name)
-        _write(model, [pair for pair in pairs if pair.language == language], folder, f"{language}.{name}")
+        for language in alone:
+            _write(model, [pair for pair in pairs if pair.language == language], folder, f"{language}.{name}")
 
 
 def _write(model: sentencepiece.SentencePieceProcessor, pairs: List[Pair], folder: Path, name: str) -> None:

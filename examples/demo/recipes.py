@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from pieces import MAX_PIECES
 
@@ -23,18 +23,23 @@ QUANTIZATIONS = ("float32", "int8")
 ADAPTED = "de"
 CHECKPOINT = "checkpoint_last.pt"
 
-_TEACHER_SIZE = (
-    *("--encoder-embed-dim", "192", "--encoder-ffn-embed-dim", "768", "--encoder-layers", "2"),
-    *("--decoder-embed-dim", "192", "--decoder-ffn-embed-dim", "768", "--decoder-layers", "2"),
-)
-_STUDENT_SIZE = (
-    *("--encoder-embed-dim", "96", "--encoder-ffn-embed-dim", "384", "--encoder-layers", "2"),
-    *("--decoder-embed-dim", "96", "--decoder-ffn-embed-dim", "384", "--decoder-layers", "1"),
-)
+
+def dimensions(width: int, encoder_layers: int, decoder_layers: int) -> Tuple[str, ...]:
+    """A transformer's, its feed-forward layers four times as wide."""
+    flags: List[str] = []
+    for side, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+        flags += [f"--{side}-embed-dim", str(width), f"--{side}-ffn-embed-dim", str(4 * width)]
+        flags += [f"--{side}-layers", str(layers)]
+    return tuple(flags)
+
+
+_TEACHER_SIZE = dimensions(192, 2, 2)
+_STUDENT_SIZE = dimensions(96, 2, 1)
 # Speed is in the table. On two threads, a core busy with something else for a moment slows translation tenfold or
 # more: the threads wait for each other in every small product.
 TRANSLATION_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
+CPU = ("--cpu",)
 PLAIN = ("--criterion", "label_smoothed_cross_entropy")
 _DISTILLED = (
     *("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"),
@@ -138,20 +143,11 @@ def preprocess(language: Optional[str], folder: str) -> List[str]:
     return [*command, "--destdir", folder]
 
 
-def train(model: Model, updates: int, folder: str) -> List[str]:
+def train(model: Model, updates: int, folder: str, device: Sequence[str] = CPU) -> List[str]:
     """Train `model`; run again in the same folder, it goes on from the newest checkpoint."""
     return [
-        *(
-            "fairseq-train",
-            model.training_data,
-            "--user-dir",
-            str(USER_DIR),
-            "--cpu",
-            "--seed",
-            "1",
-            "--num-workers",
-            "0",
-        ),
+        *("fairseq-train", model.training_data, "--user-dir", str(USER_DIR), *device),
+        *("--seed", str(model.seed), "--num-workers", "0"),
         *("--share-all-embeddings", "--dropout", "0.1"),
         *("--encoder-normalize-before", "--decoder-normalize-before"),
         *("--encoder-attention-heads", "4", "--decoder-attention-heads", "4"),
@@ -165,11 +161,11 @@ def train(model: Model, updates: int, folder: str) -> List[str]:
     ]
 
 
-def translate_training_set(folder: str, beam: int) -> List[str]:
+def translate_training_set(folder: str, beam: int, device: Sequence[str] = (*CPU, "--processes", "2")) -> List[str]:
     """Have the teacher translate the training set; its options are fairseq-generate's."""
     return [
-        *("python", "-m", "kd_ext.sequence_distillation", DATA, "--path", f"{TEACHER}/{CHECKPOINT}", "--cpu"),
-        *("--beam", str(beam), "--max-len-b", str(2 * MAX_PIECES), "--processes", "2", "--destdir", f"{folder}/data"),
+        *("python", "-m", "kd_ext.sequence_distillation", DATA, "--path", f"{TEACHER}/{CHECKPOINT}", *device),
+        *("--beam", str(beam), "--max-len-b", str(2 * MAX_PIECES), "--destdir", f"{folder}/data"),
         *("--post-process", "sentencepiece"),
     ]
 
@@ -182,12 +178,19 @@ def export(quantization: str, folder: str) -> List[str]:
     ]
 
 
-def measure_speeds(folder: str) -> List[str]:
-    """Translate some of the test set with every model that translates all languages, by turns."""
+def measure_speeds(path: str, models: Optional[Dict[str, str]] = None) -> List[str]:
+    """Translate some of the test set with each of `models`, by turns.
+
+    Args:
+        path: the JSON file to write
+        models: their checkpoints or folders by their names; None: every one here that translates all languages
+    """
+    if models is None:
+        models = {model.name: f"{model.name}/{CHECKPOINT}" for model in MODELS if model.language is None}
+        models.update({served(kind): f"{exported(kind)}/model" for kind in QUANTIZATIONS})
     script = str(Path(__file__).resolve().parent / "speed.py")
-    models = [f"{model.name}={model.name}/{CHECKPOINT}" for model in MODELS if model.language is None]
-    models += [f"{served(quantization)}={exported(quantization)}/model" for quantization in QUANTIZATIONS]
-    return ["python", script, DATA, "pieces/test.src", str(USER_DIR), f"{folder}/speeds.json", *models]
+    named = [f"{name}={model}" for name, model in models.items()]
+    return ["python", script, DATA, "pieces/test.src", str(USER_DIR), path, *named]
 
 
 def served(quantization: str) -> str:
@@ -200,10 +203,10 @@ def exported(quantization: str) -> str:
     return f"{SERVED}-{quantization}"
 
 
-def generate(model: Model) -> List[str]:
+def generate(model: Model, device: Sequence[str] = CPU) -> List[str]:
     """Translate the test set with `model`; nothing of its teacher is read."""
     return [
-        *("fairseq-generate", model.data, "--user-dir", str(USER_DIR), "--cpu", "--gen-subset", "test"),
+        *("fairseq-generate", model.data, "--user-dir", str(USER_DIR), *device, "--gen-subset", "test"),
         *("--path", f"{model.name}/{CHECKPOINT}", "--beam", "5", "--max-tokens", "2000"),
         # twice the longest reference: a model that has hardly been trained goes on to fairseq's 200 otherwise
         *("--max-len-b", str(2 * MAX_PIECES), "--remove-bpe", "sentencepiece", "--log-format", "none"),

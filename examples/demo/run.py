@@ -25,7 +25,7 @@ import scores
 from catalogues import LANGUAGES, Pair, extract, read_pairs
 from cleaning import MAX_CHARACTERS
 from fetch import WHEELS, fetch
-from pieces import MAX_PIECES, TAGS, VOCABULARY, cut
+from pieces import MAX_PIECES, VOCABULARY, cut, tags
 from running import Commands
 from served import Served
 from splitting import PERCENT, split
@@ -94,8 +94,8 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
         Step("text", {"percent": PERCENT}, partial(split, out / "pairs" / "pairs.tsv"), after=("pairs",)),
         Step(
             "pieces",
-            {"vocabulary": VOCABULARY, "max_pieces": MAX_PIECES, "tags": TAGS, "language": recipes.ADAPTED},
-            partial(cut, out / "text", recipes.ADAPTED),
+            {"vocabulary": VOCABULARY, "max_pieces": MAX_PIECES, "tags": tags(LANGUAGES), "language": recipes.ADAPTED},
+            partial(cut, out / "text", [recipes.ADAPTED]),
             after=("text",),
         ),
     ]
@@ -152,7 +152,7 @@ def steps(commands: Commands, options: argparse.Namespace) -> List[Step]:
     done.append(
         Step(
             SPEEDS,
-            {"command": recipes.measure_speeds(SPEEDS), "environment": recipes.TRANSLATION_ENVIRONMENT},
+            {"command": recipes.measure_speeds(_speeds(SPEEDS)), "environment": recipes.TRANSLATION_ENVIRONMENT},
             partial(measure_speeds, commands),
             after=tuple(
                 [model.name for model in recipes.MODELS if model.language is None]
@@ -227,7 +227,11 @@ def export(commands: Commands, quantization: str, folder: Path) -> None:
 
 def measure_speeds(commands: Commands, folder: Path) -> None:
     """Measure them, into ``speeds.json``."""
-    commands.run(SPEEDS, recipes.measure_speeds(folder.name), environment=recipes.TRANSLATION_ENVIRONMENT)
+    commands.run(SPEEDS, recipes.measure_speeds(_speeds(folder.name)), environment=recipes.TRANSLATION_ENVIRONMENT)
+
+
+def _speeds(folder: str) -> str:
+    return f"{folder}/speeds.json"
 
 
 def test_pairs(out: Path, language: Optional[str]) -> List[Pair]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from catalogues import Pair, read_pairs, write_pairs
 
@@ -12,23 +12,43 @@ SPLITS = ("train", "valid", "test")
 PERCENT = {"test": 3, "valid": 2}
 
 
-def split_of(english: str) -> str:
+def split_of(english: str, percent: Dict[str, int] = PERCENT) -> str:
     """The split of every pair with this English side, in whatever language and letter case.
 
     The same string is translated into many languages: split by pairs, its translation into Spanish would
     teach a model the test's translation from German.
     """
-    digest = hashlib.sha256(english.casefold().encode("utf-8")).digest()
-    place = int.from_bytes(digest[:8], "big") % 100
-    if place < PERCENT["test"]:
+    place = _hash(english) % 100
+    if place < percent["test"]:
         return "test"
-    return "valid" if place < PERCENT["test"] + PERCENT["valid"] else "train"
+    return "valid" if place < percent["test"] + percent["valid"] else "train"
 
 
-def split(pairs: Path, folder: Path) -> None:
-    """Write ``train.tsv``, ``valid.tsv`` and ``test.tsv``."""
-    parts: Dict[str, List[Pair]] = {name: [] for name in SPLITS}
+def split(
+    pairs: Path, folder: Path, percent: Dict[str, int] = PERCENT, limits: Optional[Dict[str, int]] = None
+) -> None:
+    """Write ``train.tsv``, ``valid.tsv`` and ``test.tsv``.
+
+    Args:
+        pairs: the file of all
+        folder: to write to
+        percent: of the English strings, what goes into ``test`` and ``valid``
+        limits: the most pairs of a language in a split, where there is one
+    """
+    parts: Dict[str, Dict[str, List[Pair]]] = {name: {} for name in SPLITS}
     for pair in read_pairs(pairs):
-        parts[split_of(pair.english)].append(pair)
-    for name, part in parts.items():
-        write_pairs(folder / f"{name}.tsv", part)
+        parts[split_of(pair.english, percent)].setdefault(pair.language, []).append(pair)
+    for name, languages in parts.items():
+        limit = (limits or {}).get(name)
+        kept = languages.values() if limit is None else (_some(those, limit) for those in languages.values())
+        write_pairs(folder / f"{name}.tsv", [pair for those in kept for pair in those])
+
+
+def _some(pairs: List[Pair], limit: int) -> List[Pair]:
+    """As many as that, chosen by what they say, in their order."""
+    chosen = set(sorted(pairs, key=lambda pair: _hash("\t".join(pair)))[:limit])
+    return [pair for pair in pairs if pair in chosen]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.casefold().encode("utf-8")).digest()[:8], "big")

@@ -1,0 +1,145 @@
+"""The parts of benchmarks/quality that train nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import recipes
+from catalogues import Pair, write_pairs
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "quality"))
+
+import plots
+import studies
+import tables
+
+LANGUAGES = {"de": 400, "hi": 200, "ta": 150}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """The text of a test set, one sentence in twenty of which is of each rare language."""
+    folder = tmp_path / "corpus" / "pieces"
+    folder.mkdir(parents=True)
+    pairs = [
+        Pair(language, f"{language} {i}", f"the {i}th of {count} sentences")
+        for language, count in LANGUAGES.items()
+        for i in range(count)
+    ]
+    write_pairs(folder / "test.tsv", pairs)
+    return tmp_path / "corpus", pairs
+
+
+def keep(folder, variant, seed, pairs, wrong=0, language=None, parameters=1000, first=0):
+    """A run of which so many sentences are wrong, as the harness keeps it."""
+    wrongs = range(first, first + wrong)
+    translations = ["nothing of it" if i in wrongs else pair.english for i, pair in enumerate(pairs)]
+    name = studies.named(f"{variant} {language or ''}", recipes.MODELS[0], seed).name
+    result = {
+        "variant": variant,
+        "seed": seed,
+        "language": language,
+        "updates": 10,
+        "parameters": parameters,
+        **tables.scores.score(translations, pairs),
+    }
+    (folder / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text in translations), encoding="utf-8")
+
+
+def study(**changed):
+    model = recipes.MODELS[1]
+    return studies.Study("Which?", "languages", {"alone": model, "word": model}, ("alone",))._replace(**changed)
+
+
+def cells(path):
+    lines = [line[2:-2].split(" | ") for line in path.read_text().splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
+
+
+def test_the_table_has_what_there_is(tmp_path, corpus):
+    folder, pairs = corpus
+    for seed, wrong in ((1, 100), (2, 140)):
+        keep(tmp_path, "alone", seed, pairs, wrong)
+        keep(tmp_path, "word", seed, pairs, wrong // 10)
+    keep(tmp_path, "of another study", 1, pairs)
+    tables.write(study(), tmp_path, folder, tmp_path / "table")
+    found = cells(tmp_path / "table.md")
+    assert list(found) == ["alone", "word"]
+    assert found["word"]["seeds"] == "2"
+    # whoever has fewer than 300 sentences is counted with the others of few
+    assert {"chrF, de (400)", "chrF, hi ta (350)"} < set(found["alone"])
+    # wrong are German ones alone
+    assert found["alone"]["chrF, hi ta (350)"] == "100.0 (100.0 to 100.0)"
+    difference, p = found["word"]["over alone"].split(", p ")
+    assert float(difference) > 5
+    assert float(p) < 0.01
+    assert found["alone"]["over alone"] == ""
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_equals_are_not_told_apart(tmp_path, corpus):
+    folder, pairs = corpus
+    keep(tmp_path, "alone", 1, pairs, 150, first=100)
+    keep(tmp_path, "word", 1, pairs, 150, first=250)
+    tables.write(study(), tmp_path, folder, tmp_path / "table")
+    difference, p = cells(tmp_path / "table.md")["word"]["over alone"].split(", p ")
+    assert abs(float(difference)) < 1
+    assert float(p) > 0.05
+
+
+def test_adapters_count_as_one_model_once_there_are_all(tmp_path, corpus):
+    folder, pairs = corpus
+    keep(tmp_path, "word", 1, pairs, 30)
+    adapted = study(adapted="word", plot="size")
+    for language in LANGUAGES:
+        assert "word, an adapter for each language" not in _sizes(adapted, tmp_path, folder)
+        alone = [pair for pair in pairs if pair.language == language]
+        keep(tmp_path, "word, an adapter for each language", 1, alone, language=language, parameters=1010)
+    row = _sizes(adapted, tmp_path, folder)["word, an adapter for each language"]
+    assert row["parameters"] == "1,030"
+    assert row["chrF"] == "100.0"
+
+
+def _sizes(adapted, results, folder):
+    tables.write(adapted, results, folder, results / "size")
+    return cells(results / "size.md")
+
+
+def test_the_front_is_what_nothing_smaller_beats():
+    points = [(10, 1.0, "a"), (20, 3.0, "b"), (20, 2.0, "c"), (30, 2.5, "d"), (40, 3.0, "e"), (50, 4.0, "f")]
+    assert [name for _, _, name in plots.pareto(points)] == ["a", "b", "f"]
+
+
+@pytest.mark.parametrize("size", studies.SIZES)
+@pytest.mark.parametrize("name", studies.STUDIES["cpu"])
+def test_every_run_of_a_study_has_a_name_of_its_own(size, name):
+    chosen = studies.STUDIES[size][name]
+    runs = studies.runs(chosen, studies.SIZES[size], [1, 2, 3])
+    runs += studies.longer(chosen, studies.SIZES[size], [1, 2, 3], dict.fromkeys(chosen.variants, 2.0))
+    runs += studies.adapters(chosen, size, [1, 2, 3])
+    names = [run.model.name for run in runs]
+    assert len(set(names)) == len(names)
+    assert set(chosen.against) <= set(chosen.variants)
+    assert set(chosen.equal_time) <= set(chosen.variants)
+
+
+def test_a_run_of_two_studies_is_one():
+    by_name = {}
+    for study in studies.STUDIES["cpu"].values():
+        for run in studies.runs(study, studies.SIZES["cpu"], [1]):
+            assert by_name.setdefault((study.corpus, run.model.name), run.model) == run.model
+
+
+def test_equal_time_is_that_of_the_last_baseline():
+    chosen = study(equal_time=("alone",), against=("alone", "word"))
+    (run,) = studies.longer(chosen, studies.SIZES["cpu"], [1], {"alone": 9.0, "word": 4.5})
+    assert run.updates == 2 * studies.SIZES["cpu"].student_updates
+    assert run.model.arguments == chosen.variants["alone"].arguments
+
+
+def test_a_teacher_that_is_tuned_comes_after_what_it_is_tuned_from():
+    found = [model.name for model in studies.teachers(studies.STUDIES["cpu"]["languages"], "cpu")]
+    assert found[0] == recipes.TEACHER
+    assert "teacher-hi" in found
