@@ -12,7 +12,7 @@ def scores(rows: List[Any], path: Path) -> None:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
     for place, row in enumerate(rows):
-        points = row.values("all", "chrf")
+        points = row.values("chrf")
         axes.plot(points, [place] * len(points), "o", color="tab:blue", alpha=0.6)
         axes.plot([mean(points)], [place], "|", color="black", markersize=14)
     axes.set(xlabel="chrF of the test set: a point a seed, a line their mean")
@@ -27,7 +27,7 @@ def sizes(rows: List[Any], speeds: Dict[str, float], path: Path) -> None:
     """Parameters against chrF, the faster the larger the mark; a line through what nothing smaller beats."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    points = [(row.runs[0]["parameters"], mean(row.values("all", "chrf")), row.name) for row in rows]
+    points = [(row.runs[0]["parameters"], mean(row.values("chrf")), row.name) for row in rows]
     fastest = max(speeds.values(), default=1)
     kinds = ((", alone", "tab:gray"), (", distilled", "tab:blue"), ("", "tab:orange"))
     for parameters, score, name in points:

@@ -85,7 +85,7 @@ class Studied:
         for tuned in (False, True):  # those are of the others
             of = [model for model in taught_by if bool(model.reads) is tuned]
             self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of], self._one)
-        if any(run.model.sequence for run in chosen):
+        if any(model.sequence for model in study.variants.values()):
             demo.announce(self.commands.out, self._sequence())
         if study.equal_time:
             timed = (*study.equal_time, study.against[-1])

@@ -25,9 +25,9 @@ class Row(NamedTuple):
     name: str
     runs: List[Dict[str, Any]]
 
-    def values(self, language: str, metric: str) -> List[float]:
-        """A score of each seed."""
-        return [run["scores"][language][metric] for run in self.runs]
+    def values(self, metric: str) -> List[float]:
+        """The score of the whole test set, of each seed."""
+        return [next(iter(run["scores"].values()))[metric] for run in self.runs]
 
 
 def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
@@ -56,7 +56,7 @@ def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
         if of_size:
             parameters = row.runs[0]["parameters"]
             cells += [f"{parameters:,}", f"{megabytes(parameters):.1f}"]
-        cells += [_spread(row.values("all", metric)) for metric in ("bleu", "chrf")]
+        cells += [_spread(row.values(metric)) for metric in ("bleu", "chrf")]
         cells += [_spread([_pooled(run, references, name) for run in row.runs]) for name in groups]
         if of_size:
             cells.append(f"{speeds[row.name]:.0f}" if row.name in speeds else "")
@@ -119,6 +119,8 @@ def _speeds(folder: Path) -> Dict[str, float]:
 def _groups(scores: Dict[str, Any]) -> Dict[str, int]:
     """Languages with enough test sentences, and the others together, with how many they have."""
     languages = {name: score["sentences"] for name, score in scores.items() if name != "all"}
+    if len(languages) == 1:
+        return {}
     found = {name: size for name, size in sorted(languages.items(), key=lambda each: -each[1]) if size >= FEWEST}
     rest = {name: size for name, size in languages.items() if size < FEWEST}
     if rest and found:
