@@ -15,15 +15,21 @@ class Size(NamedTuple):
 
     Attributes:
         device: flags of every fairseq command
-        teacher, student: of fairseq-train
+        training: more of every training
+        teacher, student: width, encoder layers, decoder layers
+        widths: of narrower and wider students
+        factorized: what their embeddings are factorized to
         teacher_updates, student_updates, tuning_updates: how long each is trained
         at_once: trainings that run side by side
         threads: of each
     """
 
     device: Tuple[str, ...]
-    teacher: Tuple[str, ...]
-    student: Tuple[str, ...]
+    training: Tuple[str, ...]
+    teacher: Tuple[int, int, int]
+    student: Tuple[int, int, int]
+    widths: Tuple[int, int]
+    factorized: int
     teacher_updates: int
     student_updates: int
     tuning_updates: int
@@ -33,11 +39,14 @@ class Size(NamedTuple):
 
 SIZES = {
     # side by side on one thread each, two trainings take 0.7 of the time that they take in turn on two
-    "cpu": Size(recipes.CPU, recipes.dimensions(192, 2, 2), recipes.dimensions(96, 2, 1), 1600, 1000, 200, 2, 1),
+    "cpu": Size(recipes.CPU, (), (192, 2, 2), (96, 2, 1), (64, 128), 32, 1600, 1000, 200, 2, 1),
     "gpu": Size(
-        ("--fp16", "--max-tokens", "8000"),
-        recipes.dimensions(512, 6, 6),
-        recipes.dimensions(256, 6, 2),
+        ("--fp16",),
+        ("--max-tokens", "8000", "--lr", "1e-3", "--warmup-updates", "1000"),
+        (512, 6, 6),
+        (256, 6, 2),
+        (128, 384),
+        64,
         *(6000, 4000, 500),
         *(3, 2),
     ),
@@ -68,7 +77,7 @@ class Study(NamedTuple):
 
 def _teachers(size: Size) -> Dict[str, Model]:
     """All there are, by their name."""
-    arguments = ("--arch", "transformer", *size.teacher, *PLAIN)
+    arguments = ("--arch", "transformer", *recipes.dimensions(*size.teacher), *size.training, *PLAIN)
     teacher = Model(TEACHER, "teacher_updates", arguments)
     tuned = ("--finetune-from-model", f"{TEACHER}/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50")
     return {
@@ -87,7 +96,18 @@ def _teachers(size: Size) -> Dict[str, Model]:
 
 
 def _studies(size: Size) -> Dict[str, Study]:
-    plain = ("--arch", "transformer", *size.student)
+    width, encoder, decoder = size.student
+
+    def shape(*more: str, arch: str = "transformer", width: int = width, layers: int = encoder) -> Tuple[str, ...]:
+        return ("--arch", arch, *recipes.dimensions(width, layers, decoder), *size.training, *more)
+
+    plain = shape()
+    # as many depths as the student has layers, one layer's parameters on each side
+    stacked = ("--encoder-recurrent-stacking", str(encoder), "--decoder-recurrent-stacking", str(decoder))
+    narrow, wide = size.widths
+    bottleneck = str(size.factorized)
+    factorized = ("--encoder-factorized-embed-dim", bottleneck, "--decoder-factorized-embed-dim", bottleneck)
+    base = f"{encoder} + {decoder} layers of {width}"
     selected = ("--kd-rate", "0.5")
     window = ("--kd-queue-size", "30000")
 
@@ -122,15 +142,15 @@ def _studies(size: Size) -> Dict[str, Study]:
     specialists = tuple(f"{TEACHER}-{language}" for language in CORPORA["languages"].languages)
     by_language = ",".join(f"{name[len(TEACHER) + 1 :]}={name}/{CHECKPOINT}" for name in specialists)
     shapes = {
-        "2 + 1 layers of 96": plain,
-        "1 + 1 layers": (*plain, "--encoder-layers", "1"),
-        "4 + 1 layers": (*plain, "--encoder-layers", "4"),
-        "width 64": (*plain, *recipes.dimensions(64, 2, 1)),
-        "width 128": (*plain, *recipes.dimensions(128, 2, 1)),
-        "recurrent stacking": ("--arch", "transformer_ext", *size.student, *_STACKED),
-        "factorized to 32": ("--arch", "transformer_ext", *size.student, *_FACTORIZED),
-        "both": ("--arch", "transformer_ext", *size.student, *_STACKED, *_FACTORIZED),
-        "both, width 128": ("--arch", "transformer_ext", *recipes.dimensions(128, 2, 1), *_STACKED, *_FACTORIZED),
+        base: plain,
+        f"{encoder // 2} + {decoder} layers": shape(layers=encoder // 2),
+        f"{encoder * 2} + {decoder} layers": shape(layers=encoder * 2),
+        f"width {narrow}": shape(width=narrow),
+        f"width {wide}": shape(width=wide),
+        "recurrent stacking": shape(*stacked, arch="transformer_ext"),
+        f"factorized to {bottleneck}": shape(*factorized, arch="transformer_ext"),
+        "both": shape(*stacked, *factorized, arch="transformer_ext"),
+        f"both, width {wide}": shape(*stacked, *factorized, arch="transformer_ext", width=wide),
     }
     return {
         "pair": Study(
@@ -168,7 +188,7 @@ def _studies(size: Size) -> Dict[str, Study]:
                 **{f"{name}, distilled": word(arch=arch) for name, arch in shapes.items()},
             },
             (),
-            adapted="2 + 1 layers of 96, distilled",
+            adapted=f"{base}, distilled",
             plot="size",
         ),
         "ablations": Study(
@@ -204,9 +224,6 @@ def _studies(size: Size) -> Dict[str, Study]:
 
 
 ADAPTERS = ", an adapter for each language"
-# as many depths as the student has layers, one layer's parameters on each side
-_STACKED = ("--encoder-recurrent-stacking", "2", "--decoder-recurrent-stacking", "1")
-_FACTORIZED = ("--encoder-factorized-embed-dim", "32", "--decoder-factorized-embed-dim", "32")
 TEACHERS = {name: _teachers(size) for name, size in SIZES.items()}
 STUDIES = {name: _studies(size) for name, size in SIZES.items()}
 
@@ -259,8 +276,9 @@ def adapters(study: Study, size: str, seeds: Iterable[int]) -> List[Run]:
         base = named(study.adapted, study.variants[study.adapted], seed).name
         for language in CORPORA[study.corpus].languages:
             arguments = (
-                *("--arch", "transformer_ext", *SIZES[size].student, *PLAIN, "--load-checkpoint-liberally"),
-                *("--finetune-from-model", f"{base}/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50"),
+                *("--arch", "transformer_ext", *recipes.dimensions(*SIZES[size].student), *PLAIN),
+                *(*SIZES[size].training, "--lr", "1e-3", "--warmup-updates", "50"),
+                *("--load-checkpoint-liberally", "--finetune-from-model", f"{base}/{CHECKPOINT}"),
                 *("--encoder-add-adapters", "--encoder-adapter-ids", language, "--encoder-train-adapter", language),
                 *("--decoder-add-adapters", "--decoder-adapter-ids", language, "--decoder-train-adapter", language),
             )
