@@ -6,11 +6,9 @@ again, it goes on where it was; what is damaged is asked for again.
 
 import argparse
 import logging
-import multiprocessing
 import sys
-import time
 from collections import defaultdict
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from tqdm import tqdm
 import kd_ext  # noqa: F401  registers the task and its criterion
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import check_temperature
 from kd_ext.errors import ConfigError
+from kd_ext.processes import work_together
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
 from kd_ext.teachers.by_language import SplitByTeacher
 from kd_ext.upstream.command_line import list_alone
@@ -40,27 +39,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parse(arguments)
-    context = multiprocessing.get_context("spawn")
-    done = context.Value("l", 0)
-    filling = _fill(args, 0, done)
-    total = next(filling)  # the files are there now, and everything is checked
-    loaders = multiprocessing.get_start_method()
-    others = [context.Process(target=_work, args=(arguments, i, done, loaders)) for i in range(1, args.processes)]
-    for process in others:
-        process.start()
-    try:
-        with tqdm(total=total, unit="sentence", desc=args.teacher_cache_dir) as bar:
-            for bar.total in filling:
-                bar.update(done.value - bar.n)
-            while any(process.is_alive() for process in others):
-                time.sleep(0.2)
-            bar.update(done.value - bar.n)
-    finally:
-        for process in others:
-            process.terminate()
-    if any(process.exitcode != 0 for process in others):
-        raise ConfigError(f"--processes {args.processes}: one of them failed; run the command again to go on")
-    logger.info("%s: %d sentences are there", args.teacher_cache_dir, done.value)
+    filling = _fill(args, 0)
+    total, _ = next(filling)  # the files are there now, and everything is checked
+    with tqdm(total=total, unit="sentence", desc=args.teacher_cache_dir) as bar:
+        own = (count for bar.total, count in filling)
+        work_together(args.processes, own, _help, (arguments,), bar)
+    logger.info("%s: %d sentences are there", args.teacher_cache_dir, bar.n)
 
 
 def _parse(arguments: List[str]) -> argparse.Namespace:
@@ -87,21 +71,17 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
     return args
 
 
-def _work(arguments: List[str], index: int, done: Any, loaders: str) -> None:
-    """What a process but the first does; an error of it is said as any other."""
-    try:
-        # Those that load batches are started as the first process's are. A spawned process would spawn them: each of
-        # them imports all of fairseq, whose locks it leaves behind when it is ended.
-        multiprocessing.set_start_method(loaders, force=True)
-        for _ in _fill(_parse(arguments), index, done):
-            pass
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+def _help(index: int, arguments: List[str]) -> Iterator[int]:
+    """What a process but the first does."""
+    for _, count in _fill(_parse(arguments), index):
+        yield count
 
 
-def _fill(args: argparse.Namespace, index: int, done: Any) -> Iterator[int]:
-    """Fill one process's part. Gives the number of sentences in all as soon as all is checked, and after each batch."""
+def _fill(args: argparse.Namespace, index: int) -> Iterator[Tuple[int, int]]:
+    """Fill one process's part.
+
+    Gives the number of sentences in all, and of those done: 0 as soon as all is checked, then those of each batch.
+    """
     cfg = convert_namespace_to_omegaconf(args)
     use_cuda = torch.cuda.is_available() and not cfg.common.cpu
     if use_cuda:
@@ -118,13 +98,11 @@ def _fill(args: argparse.Namespace, index: int, done: Any) -> Iterator[int]:
     for epoch in range(1, 1 + len(utils.split_paths(cfg.task.data))):  # fairseq reads one part of the data an epoch
         batches = _batches(task, cfg, epoch, index, args.processes)
         total += sum(map(len, batches.frozen_batches))
-        yield total
+        yield total, 0
         for sample in _samples(batches, task.split, cfg, index, args.processes):
             if sample:
                 cache.mend(utils.move_to_cuda(sample) if use_cuda else sample)
-                with done.get_lock():
-                    done.value += len(sample["id"])
-            yield total
+                yield total, len(sample["id"])
 
 
 def _batches(task: TranslationWithKDTask, cfg: Any, epoch: int, index: int, processes: int) -> Any:
