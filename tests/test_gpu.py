@@ -15,6 +15,11 @@ from commands import ENVIRONMENT, PLUGIN, script
 from conftest import KD, SIZES, TRAINING, load, strategy_flags
 from stubs import GivenFeatures, Run, dictionary, random_batch, to_sample
 from test_chunked_loss import plain
+from test_cli_teachers_by_language import other  # noqa: F401  a fixture, as those below
+from test_foreign_tasks import TRAIN as OF_FOREIGN
+from test_foreign_tasks import folder, kl, m2m, tagged  # noqa: F401
+from test_sequence_distillation import FLAGS as OF_SEQUENCES
+from test_sequence_distillation import best, both_sides  # noqa: F401
 from tiny_models import batch, both, build
 
 from kd_ext.files.fingerprint import is_weight
@@ -118,6 +123,52 @@ def test_teacher_in_a_dtype_of_its_own(data, teacher, on_cpu, tmp_path, dtype):
     )
     assert f"teacher placed on {PLACE} as torch.{dtype}" in output
     assert nll(output) == pytest.approx(on_cpu("word_level"), abs=0.05)
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_a_teacher_for_each_language(data, teacher, other, distil, tmp_path, precision):  # noqa: F811
+    """Each is asked for its rows alone, and what they say is put together."""
+    if DEVICE == "cpu" and ("fp16" in precision or precision == "amp"):
+        pytest.skip("upstream has it on GPUs alone")
+    flags, environment, dtype, tolerance = PRECISIONS[precision]
+    by_language = f"hi={other},...={teacher}"
+    of_teachers = ["--teacher-checkpoint-path", by_language, "--max-update", "5"]
+    expected = distil(tmp_path / "cpu", *of_teachers, "--dropout", "0", strategy="word_level").output
+    output = distil_on_gpu(
+        data, by_language, tmp_path / "gpu", *flags, *of_teachers, strategy="word_level", **environment
+    )
+    assert output.count(f"teacher placed on {PLACE} as torch.{dtype}") >= 1
+    found, wanted = (
+        [float(x) for x in re.findall(r"train_inner .*? kd_loss=([\d.]+)", text)] for text in (output, expected)
+    )
+    if "fp16" not in precision and precision != "amp":  # there the first updates may be skipped
+        assert found == pytest.approx(wanted, abs=tolerance)
+    assert len(found) >= 4
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"], pytest.param(["--fp16"], marks=needs_cuda)])
+def test_a_teacher_of_another_task(m2m, tagged, tmp_path, precision):  # noqa: F811
+    """M2M-100's, and a student with its weights: nothing is between them but rounding."""
+    flags = [flag for flag in OF_FOREIGN if flag != "--cpu" or DEVICE == "cpu"]
+    flags += ["--teacher-checkpoint-path", m2m, "--finetune-from-model", m2m, "--save-dir", tmp_path, *precision]
+    output = run_typed(script("fairseq-train"), tagged, *flags, "--distributed-world-size", "1")
+    found = kl(output)
+    assert len(found) >= 2
+    assert max(map(abs, found)) <= (1e-3 if precision else 1e-4)
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"], pytest.param(["--fp16"], marks=needs_cuda)])
+def test_the_teachers_translations(data, teacher, best, tmp_path, precision):  # noqa: F811
+    """Those of a CPU in float32; in half precision, of a teacher that hardly prefers one to another, some differ."""
+    flags = [flag for flag in OF_SEQUENCES if flag != "--cpu" or DEVICE == "cpu"]
+    command = [sys.executable, "-m", "kd_ext.sequence_distillation", data, "--path", teacher, *flags, *precision]
+    run_typed(*command, "--destdir", tmp_path / "out")
+    wanted, found = both_sides(best[0]), both_sides(tmp_path / "out")
+    texts = [dict(zip(*sides)) for sides in (wanted, found)]
+    both = texts[0].keys() & texts[1].keys()
+    assert len(both) >= 0.9 * len(texts[0])
+    same = sum(texts[0][source] == texts[1][source] for source in both) / len(both)
+    assert same >= (0.7 if precision else 0.97)
 
 
 def test_what_upstream_has_in_bf16(data, teacher, tmp_path):
