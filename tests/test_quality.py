@@ -139,7 +139,16 @@ def test_equal_time_is_that_of_the_last_baseline():
     assert run.model.arguments == chosen.variants["alone"].arguments
 
 
+def test_longer_training_is_told_apart():
+    chosen = study(equal_time=("alone",), against=("alone", "word"), times=4)
+    size = studies.SIZES["cpu"]
+    runs = [*studies.runs(chosen, size, [1]), *studies.longer(chosen, size, [1], {"alone": 9.0, "word": 4.5})]
+    assert [run.updates for run in runs] == [4 * size.student_updates] * 2 + [8 * size.student_updates]
+    assert [run.variant for run in runs][1:] == ["word, 4 times the updates", "alone, 4 times the updates, equal time"]
+
+
 def test_a_teacher_that_is_tuned_comes_after_what_it_is_tuned_from():
-    found = [model.name for model in studies.teachers(studies.STUDIES["cpu"]["languages"], "cpu")]
+    runs = studies.runs(studies.STUDIES["cpu"]["languages"], studies.SIZES["cpu"], [1])
+    found = [model.name for model in studies.teachers(runs, "cpu")]
     assert found[0] == recipes.TEACHER
     assert "teacher-hi" in found

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("study", choices=STUDIES["cpu"])
     parser.add_argument("--size", choices=SIZES, default="cpu", help="of the models: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the students")
-    parser.add_argument("--only", help="the variants whose names begin so")
+    parser.add_argument("--only", nargs="+", default=[""], help="the variants whose names begin so")
     parser.add_argument("--out", type=Path, default=Path("quality-run"), help="folder of text and models: %(default)s")
     parser.add_argument("--report", action="store_true", help="train nothing, write table and plot of what there is")
     options = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> int:
             demo.announce(root, corpora.wheels(root))
             for step in corpora.steps(corpora.CORPORA[study.corpus], studied.commands, root / "wheels"):
                 demo.announce(studied.commands.out, step)
-            studied.students(options.study, options.size, options.seeds, options.only or "")
+            studied.students(options.study, options.size, options.seeds, tuple(options.only))
         tables.write(study, folder, root / options.size / study.corpus, RESULTS / options.size / options.study)
     except DemoError as error:
         print(error, file=sys.stderr)
@@ -77,11 +77,11 @@ class Studied:
         self._loading = Lock()
         self._environment = {"OMP_NUM_THREADS": str(size.threads)}
 
-    def students(self, name: str, size: str, seeds: List[int], only: str) -> None:
+    def students(self, name: str, size: str, seeds: List[int], only: Tuple[str, ...]) -> None:
         """Train a study's teachers, then its students."""
         study = STUDIES[size][name]
         chosen = [run for run in runs(study, self.size, seeds) if run.variant.startswith(only)]
-        taught_by = teachers(study, size)
+        taught_by = teachers(chosen, size)
         for tuned in (False, True):  # those are of the others
             of = [model for model in taught_by if bool(model.reads) is tuned]
             self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of], self._one)
@@ -89,13 +89,14 @@ class Studied:
             demo.announce(self.commands.out, self._sequence())
         if study.equal_time:
             timed = (*study.equal_time, study.against[-1])
-            one_each = [run for run in runs(study, self.size, [1]) if run.variant in timed]
+            one_each = [run for run in runs(study._replace(times=1), self.size, [1]) if run.variant in timed]
             path = self._folder / "speeds.json"
             found = measure(path, one_each, self._command, self.commands, self._environment)
             chosen += [run for run in longer(study, self.size, seeds, found) if run.variant.startswith(only)]
         self._all(chosen, self._one)
-        if not only:
-            self._all(adapters(study, size, seeds), self._one)
+        if only != ("",):
+            return
+        self._all(adapters(study, size, seeds), self._one)
         if study.plot == "size":
             self._decoding(runs(study, self.size, seeds[:1]))
 

@@ -62,6 +62,7 @@ class Study(NamedTuple):
         variants: what is different about each, by its name
         against: those that the others are tested against
         equal_time: of those, these are trained again, for as long as the last of `against` takes
+        times: as many updates as the size says
         adapted: the one that gets an adapter for each language on top
         plot: what the plot has on its axes: ``scores`` by variant, or ``size`` against score
     """
@@ -71,8 +72,13 @@ class Study(NamedTuple):
     variants: Dict[str, Model]
     against: Tuple[str, ...]
     equal_time: Tuple[str, ...] = ()
+    times: int = 1
     adapted: str = ""
     plot: str = "scores"
+
+    def label(self, variant: str) -> str:
+        """What a variant is called beside those of other studies."""
+        return variant if self.times == 1 else f"{variant}, {self.times} times the updates"
 
 
 def _teachers(size: Size) -> Dict[str, Model]:
@@ -152,18 +158,25 @@ def _studies(size: Size) -> Dict[str, Study]:
         "both": shape(*stacked, *factorized, arch="transformer_ext"),
         f"both, width {wide}": shape(*stacked, *factorized, arch="transformer_ext", width=wide),
     }
+    sequence = {
+        "sequence": alone(sequence=True),
+        "sequence and word, alpha 0.5": taught("word_seq_level", "--alpha", "0.5", sequence=True),
+    }
     return {
         "pair": Study(
             "German to English: what distils best into one student?",
             "pair",
-            {
-                **strategies,
-                "sequence": alone(sequence=True),
-                "sequence and word, alpha 0.5": taught("word_seq_level", "--alpha", "0.5", sequence=True),
-                "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2")),
-            },
+            {**strategies, **sequence, "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2"))},
             ("alone", "word, alpha 0.5"),
             equal_time=("alone", "sequence", "two teachers, word, alpha 0.5"),
+        ),
+        "longer": Study(
+            "German to English: and if students are trained until they hardly get better?",
+            "pair",
+            {**{name: strategies[name] for name in ("alone", "word, alpha 0.5")}, **sequence},
+            ("alone", "word, alpha 0.5"),
+            equal_time=("alone", "sequence"),
+            times=4,
         ),
         "languages": Study(
             "Ten languages with 1,000 to 30,000 pairs: what distils best into one student?",
@@ -245,7 +258,7 @@ def named(variant: str, model: Model, seed: int) -> Model:
 def runs(study: Study, size: Size, seeds: Iterable[int]) -> List[Run]:
     """All of equal updates, each seed of every variant before the next seed."""
     return [
-        Run(variant, named(variant, model, seed), getattr(size, model.updates))
+        Run(study.label(variant), named(study.label(variant), model, seed), size.student_updates * study.times)
         for seed in seeds
         for variant, model in study.variants.items()
     ]
@@ -263,8 +276,8 @@ def longer(study: Study, size: Size, seeds: Iterable[int], speeds: Dict[str, flo
     found = []
     for seed in seeds:
         for variant in study.equal_time:
-            name = f"{variant}, equal time"
-            updates = size.student_updates * speeds[variant] / speeds[study.against[-1]]
+            name = f"{study.label(variant)}, equal time"
+            updates = size.student_updates * study.times * speeds[variant] / speeds[study.against[-1]]
             found.append(Run(name, named(name, study.variants[variant], seed), round(updates / 10) * 10))
     return found
 
@@ -288,9 +301,9 @@ def adapters(study: Study, size: str, seeds: Iterable[int]) -> List[Run]:
     return found
 
 
-def teachers(study: Study, size: str) -> List[Model]:
+def teachers(those: Iterable[Run], size: str) -> List[Model]:
     """All that the students read, each after those that it reads itself."""
     found: Dict[str, Model] = {}
-    for name in [TEACHER, *(name for model in study.variants.values() for name in model.reads)]:
+    for name in [TEACHER, *(name for run in those for name in run.model.reads)]:
         found.setdefault(name, TEACHERS[size][name])
     return list(found.values())

@@ -61,7 +61,7 @@ def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
         if of_size:
             cells.append(f"{speeds[row.name]:.0f}" if row.name in speeds else "")
         else:
-            cells += [_compare(row, _find(rows, name), texts) for name in study.against]
+            cells += [_compare(row, _find(rows, study.label(name)), texts) for name in study.against]
         lines.append(cells)
     text = [study.question, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
     text += [f"{metric}: `{signature}`" for metric, signature in rows[0].runs[0]["signatures"].items()]
@@ -79,7 +79,8 @@ def megabytes(parameters: int) -> float:
 
 def read(study: Study, folder: Path, references: List[Pair]) -> List[Row]:
     """The teacher, then the variants in the study's order, those of equal time and with adapters behind."""
-    order = [recipes.TEACHER, *study.variants, *(f"{name}, equal time" for name in study.equal_time)]
+    labels = [study.label(name) for name in study.variants]
+    order = [recipes.TEACHER, *labels, *(f"{study.label(name)}, equal time" for name in study.equal_time)]
     adapted = f"{study.adapted}{ADAPTERS}"
     found: Dict[str, List[Dict[str, Any]]] = {name: [] for name in [*order, adapted]}
     for path in sorted(folder.glob("*-seed*.json")) + [folder / f"{recipes.TEACHER}.json"]:
