@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "qualit
 import plots
 import studies
 import tables
+from speeds import measure
 
 LANGUAGES = {"de": 400, "hi": 200, "ta": 150}
 
@@ -145,6 +146,31 @@ def test_longer_training_is_told_apart():
     runs = [*studies.runs(chosen, size, [1]), *studies.longer(chosen, size, [1], {"alone": 9.0, "word": 4.5})]
     assert [run.updates for run in runs] == [4 * size.student_updates] * 2 + [8 * size.student_updates]
     assert [run.variant for run in runs][1:] == ["word, 4 times the updates", "alone, 4 times the updates, equal time"]
+
+
+def test_a_speed_that_is_measured_later_stands_beside_the_others(tmp_path):
+    """The machine is half as fast the second time."""
+    log = tmp_path / "speeds.log"
+    speeds = {"alone": 8.0, "word": 4.0}
+
+    class Commands:
+        def log(self, name):
+            return log
+
+        def run(self, name, words, environment):
+            ups = speeds[words[0]]
+            lines = [{"num_updates": str(n), "ups": str(ups if n > 20 else 1.0)} for n in range(10, 90, 10)]
+            log.write_text("".join(f"x | train_inner | {json.dumps(line)}\n" for line in lines))
+
+    def measured(*names):
+        runs = [studies.Run(name, recipes.MODELS[1], 100) for name in names]
+        return measure(tmp_path / "speeds.json", runs, lambda run, folder: [run.variant], Commands(), {})
+
+    assert measured("alone", "word") == {"alone": 8.0, "word": 4.0}
+    speeds = {"alone": 0.0, "cached": 3.5, "word": 2.0}
+    assert measured("alone", "cached", "word") == {"alone": 8.0, "word": 4.0, "cached": 7.0}
+    speeds = {}
+    assert measured("cached", "word")["cached"] == 7.0
 
 
 def test_a_teacher_that_is_tuned_comes_after_what_it_is_tuned_from():

@@ -28,7 +28,7 @@ import tables
 from running import Commands
 from speeds import measure
 from steps import DemoError, Step, run_step
-from studies import SIZES, STUDIES, Run, Size, adapters, longer, runs, teachers
+from studies import SIZES, STUDIES, Run, Size, adapters, cache, caches, longer, runs, teachers
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -85,12 +85,14 @@ class Studied:
         for tuned in (False, True):  # those are of the others
             of = [model for model in taught_by if bool(model.reads) is tuned]
             self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of], self._one)
-        if any(model.sequence for model in study.variants.values()):
+        if any(run.model.sequence for run in chosen):
             demo.announce(self.commands.out, self._sequence())
+        for words in caches(chosen):
+            demo.announce(self.commands.out, self._cache(words))
         if study.equal_time:
-            timed = (*study.equal_time, study.against[-1])
-            one_each = [run for run in runs(study._replace(times=1), self.size, [1]) if run.variant in timed]
-            path = self._folder / "speeds.json"
+            timed = [name for name in study.equal_time if study.label(name).startswith(only)] + [study.against[-1]]
+            of_each = {run.variant: run for run in runs(study._replace(times=1), self.size, [1])}
+            path, one_each = self._folder / "speeds.json", [of_each[name] for name in timed]
             found = measure(path, one_each, self._command, self.commands, self._environment)
             chosen += [run for run in longer(study, self.size, seeds, found) if run.variant.startswith(only)]
         self._all(chosen, self._one)
@@ -149,6 +151,23 @@ class Studied:
             )
 
         return Step(recipes.SEQUENCE, {"command": command}, work, (recipes.DATA, recipes.TEACHER), resumes=True)
+
+    def _cache(self, words: int) -> Step:
+        """What the teacher says of the training set, its `words` most probable ones."""
+
+        def command(folder: str) -> List[str]:
+            return [
+                *("python", "-m", "kd_ext.teacher_cache", recipes.DATA, *self.size.device, "--max-tokens", "4000"),
+                *("--teacher-checkpoint-path", f"{recipes.TEACHER}/{recipes.CHECKPOINT}"),
+                *("--teacher-cache-dir", f"{folder}/cache", "--teacher-cache-top-k", str(words)),
+                *("--processes", str(self.size.at_once)),
+            ]
+
+        def work(folder: Path) -> None:
+            self.commands.run(cache(words), command(folder.name), environment=self._environment)
+
+        name = cache(words)
+        return Step(name, {"command": command(name)}, work, (recipes.DATA, recipes.TEACHER), resumes=True)
 
     def _decoding(self, those: List[Run]) -> None:
         """How fast each translates, by turns."""

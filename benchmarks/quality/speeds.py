@@ -23,15 +23,19 @@ def measure(
 ) -> Dict[str, float]:
     """Updates a second of each run's variant; kept in `path`, and read from there.
 
+    What comes later is measured by turns with the last of `runs`, and stands beside it as it stood then.
+
     Args:
         path: the JSON file
-        runs: one of each variant
+        runs: one of each variant, the last of them that with which the others are compared
         command: that trains a run, with the folder to save to
         commands: runs it
         environment: of the trainings
     """
-    if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    kept: Dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    runs = [run for run in runs if run.variant not in kept or run == runs[-1]]
+    if len(runs) == 1:
+        return kept
     taken: Dict[str, List[float]] = {run.variant: [] for run in runs}
     log = commands.log("speeds")
     for _ in tqdm(range(ROUNDS), desc="speeds, by turns", unit="turn"):
@@ -40,7 +44,10 @@ def measure(
             words = [*command(run._replace(updates=UPDATES), "speeds"), "--no-save"]
             commands.run("speeds", words, environment=environment)
             taken[run.variant].append(statistics.median(_speeds(log.read_text(encoding="utf-8"))))
-    found = {variant: round(statistics.median(speeds), 3) for variant, speeds in taken.items()}
+    found = {variant: statistics.median(speeds) for variant, speeds in taken.items()}
+    compared = runs[-1].variant
+    scale = kept.get(compared, found[compared]) / found[compared]
+    found = {**kept, **{name: round(speed * scale, 3) for name, speed in found.items() if name not in kept}}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 

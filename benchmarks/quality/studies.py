@@ -81,6 +81,16 @@ class Study(NamedTuple):
         return variant if self.times == 1 else f"{variant}, {self.times} times the updates"
 
 
+def cache(words: int) -> str:
+    """The step of a cache that has so many of the teacher's words."""
+    return f"cache-{words}"
+
+
+def caches(those: Iterable[Run]) -> List[int]:
+    """The caches that students read."""
+    return [words for words in (8, 32, 128) if any(cache(words) in run.model.reads for run in those)]
+
+
 def _teachers(size: Size) -> Dict[str, Model]:
     """All there are, by their name."""
     arguments = ("--arch", "transformer", *recipes.dimensions(*size.teacher), *size.training, *PLAIN)
@@ -129,7 +139,7 @@ def _studies(size: Size) -> Dict[str, Study]:
     ) -> Model:
         arguments = (
             *arch,
-            *("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd"),
+            *_DISTILLED,
             *("--teacher-checkpoint-path", ":".join(f"{name}/{CHECKPOINT}" for name in teachers)),
             *("--kd-strategy", strategy, *flags),
         )
@@ -137,6 +147,12 @@ def _studies(size: Size) -> Dict[str, Study]:
 
     def word(*flags: str, teachers: Tuple[str, ...] = (TEACHER,), arch: Tuple[str, ...] = plain) -> Model:
         return taught("word_seq_level", "--alpha", "0.5", *flags, teachers=teachers, arch=arch)
+
+    def cached(words: int) -> Model:
+        """Of the teacher nothing is read but what a cache has of it."""
+        arguments = (*plain, *_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha", "0.5")
+        arguments = (*arguments, "--teacher-cache-dir", f"{cache(words)}/cache")
+        return Model("", "student_updates", arguments, (cache(words),))
 
     strategies = {
         "alone": alone(),
@@ -166,16 +182,25 @@ def _studies(size: Size) -> Dict[str, Study]:
         "pair": Study(
             "German to English: what distils best into one student?",
             "pair",
-            {**strategies, **sequence, "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2"))},
+            {
+                **strategies,
+                **sequence,
+                "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2")),
+                "word from a cache of 32": cached(32),
+            },
             ("alone", "word, alpha 0.5"),
-            equal_time=("alone", "sequence", "two teachers, word, alpha 0.5"),
+            equal_time=("alone", "sequence", "two teachers, word, alpha 0.5", "word from a cache of 32"),
         ),
         "longer": Study(
             "German to English: and if students are trained until they hardly get better?",
             "pair",
-            {**{name: strategies[name] for name in ("alone", "word, alpha 0.5")}, **sequence},
+            {
+                **{name: strategies[name] for name in ("alone", "word, alpha 0.5")},
+                **sequence,
+                "word from a cache of 32": cached(32),
+            },
             ("alone", "word, alpha 0.5"),
-            equal_time=("alone", "sequence"),
+            equal_time=("alone", "sequence", "word from a cache of 32"),
             times=4,
         ),
         "languages": Study(
@@ -221,12 +246,7 @@ def _studies(size: Size) -> Dict[str, Study]:
                     for batches in (1, 3, 10, 100)
                 },
                 "word, temperature 2": word("--kd-temperature", "2"),
-                **{
-                    f"word, the {words} most probable": word(
-                        "--teacher-cache-dir", f"cache-{words}", "--teacher-cache-top-k", words
-                    )
-                    for words in ("8", "32", "128")
-                },
+                **{f"word from a cache of {words}": cached(words) for words in (8, 32, 128)},
                 "word, unsmoothed teacher": word(teachers=(f"{TEACHER}-unsmoothed",)),
                 **{f"alone, dropout {rate}": alone("--dropout", rate) for rate in ("0", "0.3")},
                 **{f"word, dropout {rate}": word("--dropout", rate) for rate in ("0", "0.3")},
@@ -236,6 +256,7 @@ def _studies(size: Size) -> Dict[str, Study]:
     }
 
 
+_DISTILLED = ("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd")
 ADAPTERS = ", an adapter for each language"
 TEACHERS = {name: _teachers(size) for name, size in SIZES.items()}
 STUDIES = {name: _studies(size) for name, size in SIZES.items()}
@@ -275,7 +296,7 @@ def longer(study: Study, size: Size, seeds: Iterable[int], speeds: Dict[str, flo
     """
     found = []
     for seed in seeds:
-        for variant in study.equal_time:
+        for variant in (name for name in study.equal_time if name in speeds):
             name = f"{study.label(variant)}, equal time"
             updates = size.student_updates * study.times * speeds[variant] / speeds[study.against[-1]]
             found.append(Run(name, named(name, study.variants[variant], seed), round(updates / 10) * 10))
@@ -304,6 +325,7 @@ def adapters(study: Study, size: str, seeds: Iterable[int]) -> List[Run]:
 def teachers(those: Iterable[Run], size: str) -> List[Model]:
     """All that the students read, each after those that it reads itself."""
     found: Dict[str, Model] = {}
-    for name in [TEACHER, *(name for run in those for name in run.model.reads)]:
+    read = (name for run in those for name in run.model.reads)
+    for name in [TEACHER, *(name for name in read if name in TEACHERS[size])]:
         found.setdefault(name, TEACHERS[size][name])
     return list(found.values())
