@@ -28,7 +28,7 @@ import tables
 from running import Commands
 from speeds import measure
 from steps import DemoError, Step, run_step
-from studies import SIZES, STUDIES, Run, Size, adapters, cache, caches, longer, runs, teachers
+from studies import CACHES, SIZES, STUDIES, Cache, Run, Size, adapters, in_equal_time, longer, runs, teachers
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -80,19 +80,15 @@ class Studied:
     def students(self, name: str, size: str, seeds: List[int], only: Tuple[str, ...]) -> None:
         """Train a study's teachers, then its students."""
         study = STUDIES[size][name]
-        chosen = [run for run in runs(study, self.size, seeds) if run.variant.startswith(only)]
-        taught_by = teachers(chosen, size)
-        for tuned in (False, True):  # those are of the others
-            of = [model for model in taught_by if bool(model.reads) is tuned]
-            self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of], self._one)
-        if any(run.model.sequence for run in chosen):
-            demo.announce(self.commands.out, self._sequence())
-        for words in caches(chosen):
-            demo.announce(self.commands.out, self._cache(words))
-        if study.equal_time:
-            timed = [name for name in study.equal_time if study.label(name).startswith(only)] + [study.against[-1]]
+        every = runs(study, self.size, seeds)
+        asked = [run for run in every if run.variant.startswith(only) or in_equal_time(run.variant).startswith(only)]
+        self._prepare(asked, size)
+        chosen = [run for run in every if run.variant.startswith(only)]
+        timed = [name for name in study.equal_time if study.label(name) in {run.variant for run in asked}]
+        if timed:
             of_each = {run.variant: run for run in runs(study._replace(times=1), self.size, [1])}
-            path, one_each = self._folder / "speeds.json", [of_each[name] for name in timed]
+            one_each = [of_each[name] for name in (*timed, study.against[-1])]
+            path = self._folder / "speeds.json"
             found = measure(path, one_each, self._command, self.commands, self._environment)
             chosen += [run for run in longer(study, self.size, seeds, found) if run.variant.startswith(only)]
         self._all(chosen, self._one)
@@ -101,6 +97,17 @@ class Studied:
         self._all(adapters(study, size, seeds), self._one)
         if study.plot == "size":
             self._decoding(runs(study, self.size, seeds[:1]))
+
+    def _prepare(self, those: List[Run], size: str) -> None:
+        """What they learn from."""
+        taught_by = teachers(those, size)
+        for tuned in (False, True):  # those are of the others
+            of = [model for model in taught_by if bool(model.reads) is tuned]
+            self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of], self._one)
+        if any(run.model.sequence for run in those):
+            demo.announce(self.commands.out, self._sequence())
+        for cache in {name: CACHES[name] for run in those for name in run.model.reads if name in CACHES}.values():
+            demo.announce(self.commands.out, self._cache(cache))
 
     def _kept(self, name: str) -> Path:
         return self._folder / f"{name}.json"
@@ -152,22 +159,19 @@ class Studied:
 
         return Step(recipes.SEQUENCE, {"command": command}, work, (recipes.DATA, recipes.TEACHER), resumes=True)
 
-    def _cache(self, words: int) -> Step:
-        """What the teacher says of the training set, its `words` most probable ones."""
-
+    def _cache(self, cache: Cache) -> Step:
         def command(folder: str) -> List[str]:
             return [
                 *("python", "-m", "kd_ext.teacher_cache", recipes.DATA, *self.size.device, "--max-tokens", "4000"),
-                *("--teacher-checkpoint-path", f"{recipes.TEACHER}/{recipes.CHECKPOINT}"),
-                *("--teacher-cache-dir", f"{folder}/cache", "--teacher-cache-top-k", str(words)),
+                *("--teacher-checkpoint-path", f"{cache.teacher}/{recipes.CHECKPOINT}"),
+                *("--teacher-cache-dir", f"{folder}/cache", "--teacher-cache-top-k", str(cache.words)),
                 *("--processes", str(self.size.at_once)),
             ]
 
         def work(folder: Path) -> None:
-            self.commands.run(cache(words), command(folder.name), environment=self._environment)
+            self.commands.run(cache.name, command(folder.name), environment=self._environment)
 
-        name = cache(words)
-        return Step(name, {"command": command(name)}, work, (recipes.DATA, recipes.TEACHER), resumes=True)
+        return Step(cache.name, {"command": command(cache.name)}, work, (recipes.DATA, cache.teacher), resumes=True)
 
     def _decoding(self, those: List[Run]) -> None:
         """How fast each translates, by turns."""

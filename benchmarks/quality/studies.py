@@ -19,7 +19,7 @@ class Size(NamedTuple):
         teacher, student: width, encoder layers, decoder layers
         widths: of narrower and wider students
         factorized: what their embeddings are factorized to
-        teacher_updates, student_updates, tuning_updates: how long each is trained
+        teacher_updates, longer_updates, student_updates, tuning_updates: how long each is trained
         at_once: trainings that run side by side
         threads: of each
     """
@@ -31,6 +31,7 @@ class Size(NamedTuple):
     widths: Tuple[int, int]
     factorized: int
     teacher_updates: int
+    longer_updates: int
     student_updates: int
     tuning_updates: int
     at_once: int
@@ -39,7 +40,7 @@ class Size(NamedTuple):
 
 SIZES = {
     # side by side on one thread each, two trainings take 0.7 of the time that they take in turn on two
-    "cpu": Size(recipes.CPU, (), (192, 2, 2), (96, 2, 1), (64, 128), 32, 1600, 1000, 200, 2, 1),
+    "cpu": Size(recipes.CPU, (), (192, 2, 2), (96, 2, 1), (64, 128), 32, 1600, 4000, 1000, 200, 2, 1),
     "gpu": Size(
         ("--fp16",),
         ("--max-tokens", "8000", "--lr", "1e-3", "--warmup-updates", "1000"),
@@ -47,7 +48,7 @@ SIZES = {
         (256, 6, 2),
         (128, 384),
         64,
-        *(6000, 4000, 500),
+        *(6000, 20000, 4000, 500),
         *(3, 2),
     ),
 }
@@ -76,19 +77,27 @@ class Study(NamedTuple):
     adapted: str = ""
     plot: str = "scores"
 
+    @property
+    def teachers(self) -> List[str]:
+        """Those of all languages that students learn from."""
+        read = [name for model in self.variants.values() for name in model.reads]
+        names = [TEACHER, *(CACHES[name].teacher if name in CACHES else name for name in read)]
+        return [name for name in dict.fromkeys(names) if TEACHERS["cpu"][name].language is None]
+
     def label(self, variant: str) -> str:
         """What a variant is called beside those of other studies."""
         return variant if self.times == 1 else f"{variant}, {self.times} times the updates"
 
 
-def cache(words: int) -> str:
-    """The step of a cache that has so many of the teacher's words."""
-    return f"cache-{words}"
+class Cache(NamedTuple):
+    """What a teacher says of the training set, its `words` most probable ones of each token; a step."""
 
+    teacher: str
+    words: int
 
-def caches(those: Iterable[Run]) -> List[int]:
-    """The caches that students read."""
-    return [words for words in (8, 32, 128) if any(cache(words) in run.model.reads for run in those)]
+    @property
+    def name(self) -> str:
+        return f"{self.teacher}-cache-{self.words}"
 
 
 def _teachers(size: Size) -> Dict[str, Model]:
@@ -99,6 +108,7 @@ def _teachers(size: Size) -> Dict[str, Model]:
     return {
         TEACHER: teacher,
         f"{TEACHER}-2": replace(teacher, name=f"{TEACHER}-2", seed=2),
+        _LONGER: replace(teacher, name=_LONGER, updates="longer_updates"),
         f"{TEACHER}-unsmoothed": replace(
             teacher, name=f"{TEACHER}-unsmoothed", arguments=(*arguments, "--label-smoothing", "0")
         ),
@@ -148,11 +158,12 @@ def _studies(size: Size) -> Dict[str, Study]:
     def word(*flags: str, teachers: Tuple[str, ...] = (TEACHER,), arch: Tuple[str, ...] = plain) -> Model:
         return taught("word_seq_level", "--alpha", "0.5", *flags, teachers=teachers, arch=arch)
 
-    def cached(words: int) -> Model:
+    def cached(words: int, teacher: str = TEACHER) -> Model:
         """Of the teacher nothing is read but what a cache has of it."""
+        cache = Cache(teacher, words).name
         arguments = (*plain, *_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha", "0.5")
-        arguments = (*arguments, "--teacher-cache-dir", f"{cache(words)}/cache")
-        return Model("", "student_updates", arguments, (cache(words),))
+        arguments = (*arguments, "--teacher-cache-dir", f"{cache}/cache")
+        return Model("", "student_updates", arguments, (cache,))
 
     strategies = {
         "alone": alone(),
@@ -196,11 +207,11 @@ def _studies(size: Size) -> Dict[str, Study]:
             "pair",
             {
                 **{name: strategies[name] for name in ("alone", "word, alpha 0.5")},
-                **sequence,
-                "word from a cache of 32": cached(32),
+                "word, alpha 0.5, longer teacher": word(teachers=(_LONGER,)),
+                "word from a cache of 32, longer teacher": cached(32, _LONGER),
             },
             ("alone", "word, alpha 0.5"),
-            equal_time=("alone", "sequence", "word from a cache of 32"),
+            equal_time=("alone", "word from a cache of 32, longer teacher"),
             times=4,
         ),
         "languages": Study(
@@ -256,8 +267,10 @@ def _studies(size: Size) -> Dict[str, Study]:
     }
 
 
+_LONGER = "teacher-longer"
 _DISTILLED = ("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd")
 ADAPTERS = ", an adapter for each language"
+CACHES = {cache.name: cache for cache in map(Cache, [TEACHER] * 3 + [_LONGER], [8, 32, 128, 32])}
 TEACHERS = {name: _teachers(size) for name, size in SIZES.items()}
 STUDIES = {name: _studies(size) for name, size in SIZES.items()}
 
@@ -285,6 +298,11 @@ def runs(study: Study, size: Size, seeds: Iterable[int]) -> List[Run]:
     ]
 
 
+def in_equal_time(label: str) -> str:
+    """What a variant is called that is trained for as long as the others, not for as many updates."""
+    return f"{label}, equal time"
+
+
 def longer(study: Study, size: Size, seeds: Iterable[int], speeds: Dict[str, float]) -> List[Run]:
     """All of equal time.
 
@@ -297,7 +315,7 @@ def longer(study: Study, size: Size, seeds: Iterable[int], speeds: Dict[str, flo
     found = []
     for seed in seeds:
         for variant in (name for name in study.equal_time if name in speeds):
-            name = f"{study.label(variant)}, equal time"
+            name = in_equal_time(study.label(variant))
             updates = size.student_updates * study.times * speeds[variant] / speeds[study.against[-1]]
             found.append(Run(name, named(name, study.variants[variant], seed), round(updates / 10) * 10))
     return found
@@ -325,7 +343,7 @@ def adapters(study: Study, size: str, seeds: Iterable[int]) -> List[Run]:
 def teachers(those: Iterable[Run], size: str) -> List[Model]:
     """All that the students read, each after those that it reads itself."""
     found: Dict[str, Model] = {}
-    read = (name for run in those for name in run.model.reads)
-    for name in [TEACHER, *(name for name in read if name in TEACHERS[size])]:
+    for name in [TEACHER, *(name for run in those for name in run.model.reads)]:
+        name = CACHES[name].teacher if name in CACHES else name
         found.setdefault(name, TEACHERS[size][name])
     return list(found.values())

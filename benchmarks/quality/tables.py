@@ -8,11 +8,10 @@ from statistics import mean
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import plots
-import recipes
 import run as demo
 import scores
 from catalogues import Pair
-from studies import ADAPTERS, Study
+from studies import ADAPTERS, Study, in_equal_time
 
 # with fewer test sentences a language's scores are of chance
 FEWEST = 300
@@ -61,7 +60,8 @@ def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
         if of_size:
             cells.append(f"{speeds[row.name]:.0f}" if row.name in speeds else "")
         else:
-            cells += [_compare(row, _find(rows, study.label(name)), texts) for name in study.against]
+            bases = [_find(rows, study.label(name)) for name in study.against]
+            cells += [_compare(row, base, texts) if row.name not in study.teachers else "" for base in bases]
         lines.append(cells)
     text = [study.question, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
     text += [f"{metric}: `{signature}`" for metric, signature in rows[0].runs[0]["signatures"].items()]
@@ -78,12 +78,12 @@ def megabytes(parameters: int) -> float:
 
 
 def read(study: Study, folder: Path, references: List[Pair]) -> List[Row]:
-    """The teacher, then the variants in the study's order, those of equal time and with adapters behind."""
+    """The teachers, then the variants in the study's order, those of equal time and with adapters behind."""
     labels = [study.label(name) for name in study.variants]
-    order = [recipes.TEACHER, *labels, *(f"{study.label(name)}, equal time" for name in study.equal_time)]
+    order = [*study.teachers, *labels, *(in_equal_time(study.label(name)) for name in study.equal_time)]
     adapted = f"{study.adapted}{ADAPTERS}"
     found: Dict[str, List[Dict[str, Any]]] = {name: [] for name in [*order, adapted]}
-    for path in sorted(folder.glob("*-seed*.json")) + [folder / f"{recipes.TEACHER}.json"]:
+    for path in [*sorted(folder.glob("*-seed*.json")), *(folder / f"{name}.json" for name in study.teachers)]:
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
             result["translations"] = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
@@ -150,7 +150,7 @@ def _compare(row: Row, base: Optional[Row], references: List[str]) -> str:
     from sacrebleu.metrics import CHRF
     from sacrebleu.significance import PairedTest
 
-    if base is None or base.name == row.name or row.name == recipes.TEACHER:
+    if base is None or base.name == row.name:
         return ""
     ours, theirs = ({run["seed"]: run["translations"] for run in each.runs} for each in (row, base))
     seeds = sorted(ours.keys() & theirs.keys())
