@@ -114,11 +114,6 @@ def decoding(rows: List[Dict[str, Any]]) -> str:
     return table(header, over_first(rows, "words_per_second", 0))
 
 
-def cache_quality(rows: List[Dict[str, Any]]) -> str:
-    lines = [[row["variant"], number(row["bleu"], 1), number(row["chrf"], 1)] for row in rows]
-    return table(["the demo's student learns from", "BLEU", "chrF"], lines)
-
-
 def selection_share(rows: List[Dict[str, Any]]) -> str:
     """The mean of the last half of the updates, the least and the most of the languages of a kind."""
     rate, frequent = 0.5, ("de", "es")
@@ -217,7 +212,6 @@ def main() -> None:
         decoding: "Decoding",
         adapter_tuning: "Adapter tuning",
         selection_share: "The share of the tokens that is selected, --kd-rate 0.5",
-        cache_quality: "Quality from a teacher cache",
         padding: "Padding in training",
         teacher_pass: "The teacher's pass on a CPU",
         teacher_exactness: "What that does to a trained teacher",
