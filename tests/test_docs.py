@@ -72,6 +72,14 @@ def test_the_readme_leads_to_every_page():
     assert linked >= set(PAGES) - {README}
 
 
+@pytest.mark.parametrize("study", sorted((ROOT / "benchmarks/quality/results/cpu").glob("*.md")), ids=lambda x: x.stem)
+def test_the_evidence_is_what_was_measured(study):
+    table = "".join(line for line in study.read_text().splitlines(True) if line.startswith("|"))
+    assert table in (ROOT / "docs/evidence.md").read_text()
+    if study.stem == "pair":
+        assert table in README.read_text()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", prose(page)):

@@ -1,7 +1,9 @@
 """The parts of benchmarks/quality that train nothing."""
 
+import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import studies
 import tables
 from speeds import measure
 
+HERE = Path(studies.__file__).parent
 LANGUAGES = {"de": 400, "hi": 200, "ta": 150}
 
 
@@ -171,6 +174,67 @@ def test_a_speed_that_is_measured_later_stands_beside_the_others(tmp_path):
     assert measured("alone", "cached", "word") == {"alone": 8.0, "word": 4.0, "cached": 7.0}
     speeds = {}
     assert measured("cached", "word")["cached"] == 7.0
+
+
+@pytest.fixture
+def harness(tmp_path, monkeypatch):
+    """The names of what is trained, in order, with a folder of results; and what asks for a study."""
+    spec = importlib.util.spec_from_file_location("quality_run", HERE / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    done = []
+    monkeypatch.setattr(module.demo, "announce", lambda out, step: done.append(step.name))
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "speeds.json").write_text(json.dumps(dict.fromkeys(studies.STUDIES["cpu"]["pair"].variants, 2.0)))
+
+    class Recorded(module.Studied):
+        def _one(self, run):
+            done.append(run.model.name)
+            self._kept(run.model.name).write_text("{}")
+
+        def _sequence(self):
+            return module.Step("sequence", {}, None)
+
+    commands = types.SimpleNamespace(out=tmp_path)
+    size = studies.SIZES["cpu"]._replace(at_once=1)
+
+    def train(name, seeds, *only):
+        done.clear()
+        Recorded(commands, size, results).students(name, "cpu", seeds, only or ("",))
+        return list(done)
+
+    return train, results
+
+
+def test_teachers_come_first_and_what_is_there_is_not_made_again(harness):
+    train, results = harness
+    found = train("pair", [1])
+    assert found[:4] == ["teacher", "teacher-2", "sequence", "teacher-cache-32"]
+    assert len(found) == 4 + 9 + 4
+    assert train("pair", [1]) == []
+    # on another machine the results are there, and no model
+    (results / "word-alpha-0.5-seed1.json").unlink()
+    assert train("pair", [1]) == ["teacher", "word-alpha-0.5-seed1"]
+
+
+def test_some_variants_alone(harness):
+    train, _ = harness
+    found = train("pair", [2], "sequence, equal", "batch")
+    assert found == ["teacher", "sequence", "batch-rate-0.5-seed2", "sequence-equal-time-seed2"]
+
+
+def test_adapters_come_after_what_they_are_on_top_of(harness):
+    train, results = harness
+    base = "2-1-layers-of-96-distilled-seed1"
+    models = {run.variant: "" for run in studies.runs(studies.STUDIES["cpu"]["size"], studies.SIZES["cpu"], [1])}
+    (results / "decoding.json").write_text(json.dumps(models))
+    found = train("size", [1])
+    adapters = [name for name in found if "an-adapter" in name]
+    assert len(adapters) == 10
+    assert found.index(base) < min(map(found.index, adapters))
+    (results / f"{adapters[3]}.json").unlink()
+    assert train("size", [1]) == [base, adapters[3]]
 
 
 def test_a_teacher_that_is_tuned_comes_after_what_it_is_tuned_from():

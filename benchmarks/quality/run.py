@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
@@ -78,32 +78,40 @@ class Studied:
         self._environment = {"OMP_NUM_THREADS": str(size.threads)}
 
     def students(self, name: str, size: str, seeds: List[int], only: Tuple[str, ...]) -> None:
-        """Train a study's teachers, then its students."""
+        """Train what there is no result of, and what that learns from."""
         study = STUDIES[size][name]
+
+        def lacks(run: Run) -> bool:
+            return run.variant.startswith(only) and not self._kept(run.model.name).exists()
+
         every = runs(study, self.size, seeds)
-        asked = [run for run in every if run.variant.startswith(only) or in_equal_time(run.variant).startswith(only)]
-        self._prepare(asked, size)
-        chosen = [run for run in every if run.variant.startswith(only)]
-        timed = [name for name in study.equal_time if study.label(name) in {run.variant for run in asked}]
+        some_speed = dict.fromkeys(study.variants, 1.0)
+        timed = [run for run in longer(study, self.size, seeds, some_speed) if lacks(run)]
+        left = [run for run in every if lacks(run)]
+        self._prepare([*left, *timed], size)
         if timed:
+            labels = {run.variant for run in timed}
+            names = [name for name in study.equal_time if in_equal_time(study.label(name)) in labels]
             of_each = {run.variant: run for run in runs(study._replace(times=1), self.size, [1])}
-            one_each = [of_each[name] for name in (*timed, study.against[-1])]
+            one_each = [of_each[name] for name in (*names, study.against[-1])]
             path = self._folder / "speeds.json"
             found = measure(path, one_each, self._command, self.commands, self._environment)
-            chosen += [run for run in longer(study, self.size, seeds, found) if run.variant.startswith(only)]
-        self._all(chosen, self._one)
-        if only != ("",):
-            return
-        self._all(adapters(study, size, seeds), self._one)
-        if study.plot == "size":
-            self._decoding(runs(study, self.size, seeds[:1]))
+            left += [run for run in longer(study, self.size, seeds, found) if lacks(run)]
+        self._all(left)
+        if only == ("",):
+            on_top = [run for run in adapters(study, size, seeds) if lacks(run)]
+            below = {name for run in on_top for name in run.model.reads}
+            self._all([run for run in every if run.model.name in below])
+            self._all(on_top)
+            if study.plot == "size":
+                self._decoding(runs(study, self.size, seeds[:1]))
 
     def _prepare(self, those: List[Run], size: str) -> None:
         """What they learn from."""
-        taught_by = teachers(those, size)
+        taught_by = teachers(those, size) if those else []
         for tuned in (False, True):  # those are of the others
             of = [model for model in taught_by if bool(model.reads) is tuned]
-            self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of], self._one)
+            self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of])
         if any(run.model.sequence for run in those):
             demo.announce(self.commands.out, self._sequence())
         for cache in {name: CACHES[name] for run in those for name in run.model.reads if name in CACHES}.values():
@@ -112,12 +120,13 @@ class Studied:
     def _kept(self, name: str) -> Path:
         return self._folder / f"{name}.json"
 
-    def _all(self, those: List[Run], do: Callable[[Run], Any]) -> None:
+    def _all(self, those: List[Run]) -> None:
         """Some side by side; the bar's time left is that of what is waited for."""
-        left = [run for run in those if not self._kept(run.model.name).exists()]
-        with ThreadPoolExecutor(self.size.at_once) as pool, tqdm(total=sum(run.updates for run in left)) as bar:
-            bar.set_description(f"{len(left)} of {len(those)} trainings, updates")
-            futures = {pool.submit(do, run): run for run in left}
+        if not those:
+            return
+        with ThreadPoolExecutor(self.size.at_once) as pool, tqdm(total=sum(run.updates for run in those)) as bar:
+            bar.set_description(f"{len(those)} trainings, updates")
+            futures = {pool.submit(self._one, run): run for run in those}
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -179,6 +188,7 @@ class Studied:
         models = {run.variant: f"{run.model.name}/{recipes.CHECKPOINT}" for run in those}
         if path.exists() and json.loads(path.read_text(encoding="utf-8")).keys() == models.keys():
             return
+        self._all(those)
         command = recipes.measure_speeds("decoding-measured.json", models)
         self.commands.run("decoding", command, environment=recipes.TRANSLATION_ENVIRONMENT)
         found = json.loads((self.commands.out / "decoding-measured.json").read_text(encoding="utf-8"))
@@ -186,8 +196,10 @@ class Studied:
         path.write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
 
     def _one(self, run: Run) -> None:
-        """Train, translate the test set, and keep what came of it."""
+        """Train, translate the test set, and keep what came of it; nothing of it if that has been done."""
         seconds = self._train(run)
+        if not seconds and self._kept(run.model.name).exists():
+            return
         model, out = run.model, self.commands.out
         name = f"{model.name}-translated"
         log = self.commands.log(name)
