@@ -150,7 +150,7 @@ def known() -> dict:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_flags_that_are_named_exist(page):
-    scripts = set(re.findall(r"(?:benchmarks|tests|examples/demo)/\w+\.py", text(page)))
+    scripts = set(re.findall(r"(?:benchmarks(?:/quality)?|tests|examples/demo)/\w+\.py", text(page)))
     of_scripts = {flag for path in scripts for flag in re.findall(FLAG, (ROOT / path).read_text())}
     everything = set().union(OTHERS, of_scripts, *known().values())
     for flag in set(re.findall(FLAG, text(page))):

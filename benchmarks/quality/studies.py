@@ -161,10 +161,11 @@ def _studies(size: Size) -> Dict[str, Study]:
     def cached(words: int, teacher: str = TEACHER) -> Model:
         """Of the teacher nothing is read but what a cache has of it."""
         cache = Cache(teacher, words).name
-        arguments = (*plain, *_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha", "0.5")
-        arguments = (*arguments, "--teacher-cache-dir", f"{cache}/cache")
+        arguments = (*by_alpha, "0.5", "--teacher-cache-dir", f"{cache}/cache")
         return Model("", "student_updates", arguments, (cache,))
 
+    by_alpha = (*plain, *_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha")
+    alpha_0 = Model("", "student_updates", (*by_alpha, "0"))
     strategies = {
         "alone": alone(),
         "word, alpha 0.5": word(),
@@ -198,9 +199,7 @@ def _studies(size: Size) -> Dict[str, Study]:
                 **sequence,
                 "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2")),
                 "word from a cache of 32": cached(32),
-                _ALPHA_0: Model(
-                    "", "student_updates", (*plain, *_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha", "0")
-                ),
+                _ALPHA_0: alpha_0,
             },
             ("alone", "word, alpha 0.5"),
             equal_time=("alone", _ALPHA_0, "sequence", "two teachers, word, alpha 0.5", "word from a cache of 32"),
@@ -212,9 +211,10 @@ def _studies(size: Size) -> Dict[str, Study]:
                 **{name: strategies[name] for name in ("alone", "word, alpha 0.5")},
                 "word, alpha 0.5, longer teacher": word(teachers=(_LONGER,)),
                 "word from a cache of 32, longer teacher": cached(32, _LONGER),
+                _ALPHA_0: alpha_0,
             },
             ("alone", "word, alpha 0.5"),
-            equal_time=("alone", "word from a cache of 32, longer teacher"),
+            equal_time=("alone", _ALPHA_0, "word from a cache of 32, longer teacher"),
             times=4,
         ),
         "languages": Study(
