@@ -50,16 +50,27 @@ def main() -> int:
     folder = RESULTS / options.size / study.corpus
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        corpus = root / options.size / study.corpus
+        labels = [study.label(name) for name in study.variants]
+        labels += [in_equal_time(study.label(name)) for name in study.equal_time]
+        for only in options.only:
+            if not any(label.startswith(only) for label in labels):
+                raise DemoError(f"--only {only!r}: no variant begins so; there are: {'; '.join(labels)}")
+        if options.report and not (corpus / recipes.DATA).is_dir():
+            raise DemoError(f"--report: there is no text in {corpus} to compare with; leave it out, or name --out")
         if not options.report:
-            studied = Studied(Commands(root / options.size / study.corpus), size, folder)
+            studied = Studied(Commands(corpus), size, folder)
             demo.announce(root, corpora.wheels(root))
             for step in corpora.steps(corpora.CORPORA[study.corpus], studied.commands, root / "wheels"):
                 demo.announce(studied.commands.out, step)
             studied.students(options.study, options.size, options.seeds, tuple(options.only))
-        tables.write(study, folder, root / options.size / study.corpus, RESULTS / options.size / options.study)
+        tables.write(study, folder, corpus, RESULTS / options.size / options.study)
     except DemoError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to carry on", file=sys.stderr)
+        return 130
     return 0
 
 
