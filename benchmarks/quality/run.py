@@ -27,7 +27,7 @@ import scores
 import tables
 from running import Commands
 from speeds import measure
-from steps import DemoError, Step, run_step
+from steps import DemoError, Step, exit_status, run_step
 from studies import CACHES, SIZES, STUDIES, Cache, Run, Size, adapters, in_equal_time, longer, runs, teachers
 from tqdm import tqdm
 
@@ -45,33 +45,28 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="the variants whose names begin so")
     parser.add_argument("--out", type=Path, default=Path("quality-run"), help="folder of text and models: %(default)s")
     parser.add_argument("--report", action="store_true", help="train nothing, write table and plot of what there is")
-    options = parser.parse_args()
+    return exit_status(partial(study_of, parser.parse_args()))
+
+
+def study_of(options: argparse.Namespace) -> None:
+    """Run what the options ask for, and report it."""
     study, size, root = STUDIES[options.size][options.study], SIZES[options.size], options.out.resolve()
-    folder = RESULTS / options.size / study.corpus
+    folder, corpus = RESULTS / options.size / study.corpus, root / options.size / study.corpus
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        corpus = root / options.size / study.corpus
-        labels = [study.label(name) for name in study.variants]
-        labels += [in_equal_time(study.label(name)) for name in study.equal_time]
-        for only in options.only:
-            if not any(label.startswith(only) for label in labels):
-                raise DemoError(f"--only {only!r}: no variant begins so; there are: {'; '.join(labels)}")
-        if options.report and not (corpus / recipes.DATA).is_dir():
-            raise DemoError(f"--report: there is no text in {corpus} to compare with; leave it out, or name --out")
-        if not options.report:
-            studied = Studied(Commands(corpus), size, folder)
-            demo.announce(root, corpora.wheels(root))
-            for step in corpora.steps(corpora.CORPORA[study.corpus], studied.commands, root / "wheels"):
-                demo.announce(studied.commands.out, step)
-            studied.students(options.study, options.size, options.seeds, tuple(options.only))
-        tables.write(study, folder, corpus, RESULTS / options.size / options.study)
-    except DemoError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to carry on", file=sys.stderr)
-        return 130
-    return 0
+    labels = [study.label(name) for name in study.variants]
+    labels += [in_equal_time(study.label(name)) for name in study.equal_time]
+    for only in options.only:
+        if not any(label.startswith(only) for label in labels):
+            raise DemoError(f"--only {only!r}: no variant begins so; there are: {'; '.join(labels)}")
+    if options.report and not (corpus / recipes.DATA).is_dir():
+        raise DemoError(f"--report: there is no text in {corpus} to compare with; leave it out, or name --out")
+    if not options.report:
+        studied = Studied(Commands(corpus), size, folder)
+        demo.announce(root, corpora.wheels(root))
+        for step in corpora.steps(corpora.CORPORA[study.corpus], studied.commands, root / "wheels"):
+            demo.announce(studied.commands.out, step)
+        studied.students(options.study, options.size, options.seeds, tuple(options.only))
+    tables.write(study, folder, corpus, RESULTS / options.size / options.study)
 
 
 class Studied:

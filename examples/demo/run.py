@@ -29,28 +29,24 @@ from pieces import MAX_PIECES, VOCABULARY, cut, tags
 from running import Commands
 from served import Served
 from splitting import PERCENT, split
-from steps import DemoError, Step, run_step
+from steps import Step, exit_status, run_step
 
 SPEEDS = "speeds"
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """The exit status: 0, 1 after a message, 130 after Ctrl-C."""
-    options = parse(arguments)
-    try:
-        commands = Commands(options.out.resolve())
-        for step in steps(commands, options):
-            announce(commands.out, step)
-        results = read_results(commands.out)
-        print("\n" + scores.write_results(commands.out, results), end="")
-        figure.draw(results, commands.out / "results.png", recipes.ADAPTED)
-    except DemoError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to carry on", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(demonstrate, parse(arguments)))
+
+
+def demonstrate(options: argparse.Namespace) -> None:
+    """Do every step, then print and draw the results."""
+    commands = Commands(options.out.resolve())
+    for step in steps(commands, options):
+        announce(commands.out, step)
+    results = read_results(commands.out)
+    print("\n" + scores.write_results(commands.out, results), end="")
+    figure.draw(results, commands.out / "results.png", recipes.ADAPTED)
 
 
 def parse(arguments: Optional[List[str]]) -> argparse.Namespace:

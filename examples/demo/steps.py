@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Tuple
@@ -14,6 +15,19 @@ SETTINGS = "settings.json"
 
 class DemoError(Exception):
     """What the user reads in place of a traceback."""
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Do `work`; 0, 1 after the message of a :class:`DemoError`, 130 after Ctrl-C."""
+    try:
+        work()
+    except DemoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to carry on", file=sys.stderr)
+        return 130
+    return 0
 
 
 @dataclass(frozen=True)
