@@ -6,6 +6,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Dict, List, Tuple
 
+# of a parameter in float32
+MEGABYTES = 4e-6
+# how names end, and what is drawn of those
+_KINDS = {", alone": "tab:gray", ", distilled": "tab:blue", "": "tab:orange"}
+
 
 def scores(rows: List[Any], path: Path) -> None:
     """chrF of each variant, a point a seed."""
@@ -29,26 +34,29 @@ def sizes(rows: List[Any], speeds: Dict[str, float], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     points = [(row.runs[0]["parameters"], mean(row.values("chrf")), row.name) for row in rows]
     fastest = max(speeds.values(), default=1)
-    kinds = ((", alone", "tab:gray"), (", distilled", "tab:blue"), ("", "tab:orange"))
     for parameters, score, name in points:
-        ending, color = next(kind for kind in kinds if name.endswith(kind[0]))
+        ending = _ending(name)
         area = 300 * speeds.get(name, fastest / 3) / fastest
-        axes.scatter([parameters], [score], s=area, color=color, alpha=0.6, linewidths=0)
+        axes.scatter([parameters], [score], s=area, color=_KINDS[ending], alpha=0.6, linewidths=0)
         text = name[: len(name) - len(ending)]
         axes.annotate(text, (parameters, score), xytext=(6, 4), textcoords="offset points", fontsize=7)
     front = pareto(points)
     axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color="tab:red", linewidth=1, zorder=0)
-    for (ending, color), label in zip(kinds, ("alone", "distilled", "others")):
-        if any(next(kind for kind in kinds if name.endswith(kind[0]))[0] == ending for _, _, name in points):
-            axes.scatter([], [], color=color, alpha=0.6, label=label)
+    found = {_ending(name) for _, _, name in points}
+    for ending in (ending for ending in _KINDS if ending in found):
+        axes.scatter([], [], color=_KINDS[ending], alpha=0.6, label=ending[2:] or "others")
     axes.plot([], [], color="tab:red", linewidth=1, label="nothing smaller is better")
     axes.set(xscale="log", xlabel="parameters", ylabel="chrF; area of a mark: sentences a second, on one core")
-    above = axes.secondary_xaxis("top", functions=(lambda x: x * 4e-6, lambda x: x / 4e-6))
+    above = axes.secondary_xaxis("top", functions=(lambda x: x * MEGABYTES, lambda x: x / MEGABYTES))
     above.set_xlabel("megabytes of float32")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _ending(name: str) -> str:
+    return next(ending for ending in _KINDS if name.endswith(ending))
 
 
 def pareto(points: List[Tuple[int, float, str]]) -> List[Tuple[int, float, str]]:

@@ -54,7 +54,7 @@ def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
         cells = [row.name, str(len(row.runs)), str(row.runs[0]["updates"] or "")]
         if of_size:
             parameters = row.runs[0]["parameters"]
-            cells += [f"{parameters:,}", f"{megabytes(parameters):.1f}"]
+            cells += [f"{parameters:,}", f"{parameters * plots.MEGABYTES:.1f}"]
         cells += [_spread(row.values(metric)) for metric in ("bleu", "chrf")]
         cells += [_spread([_pooled(run, references, name) for run in row.runs]) for name in groups]
         if of_size:
@@ -70,11 +70,6 @@ def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
         plots.sizes(rows, speeds, path.with_suffix(".png"))
     else:
         plots.scores(rows, path.with_suffix(".png"))
-
-
-def megabytes(parameters: int) -> float:
-    """Of float32."""
-    return parameters * 4 / 1e6
 
 
 def read(study: Study, folder: Path, references: List[Pair]) -> List[Row]:
