@@ -139,7 +139,7 @@ def test_a_run_of_two_studies_is_one():
 def test_equal_time_is_that_of_the_last_baseline():
     chosen = study(equal_time=("alone",), against=("alone", "word"))
     (run,) = studies.longer(chosen, studies.SIZES["cpu"], [1], {"alone": 9.0, "word": 4.5})
-    assert run.updates == 2 * studies.SIZES["cpu"].student_updates
+    assert run.updates == 2 * studies.SIZES["cpu"].student_updates[chosen.corpus]
     assert run.model.arguments == chosen.variants["alone"].arguments
 
 
@@ -147,7 +147,8 @@ def test_longer_training_is_told_apart():
     chosen = study(equal_time=("alone",), against=("alone", "word"), times=4)
     size = studies.SIZES["cpu"]
     runs = [*studies.runs(chosen, size, [1]), *studies.longer(chosen, size, [1], {"alone": 9.0, "word": 4.5})]
-    assert [run.updates for run in runs] == [4 * size.student_updates] * 2 + [8 * size.student_updates]
+    usual = size.student_updates[chosen.corpus]
+    assert [run.updates for run in runs] == [4 * usual] * 2 + [8 * usual]
     assert [run.variant for run in runs][1:] == ["word, 4 times the updates", "alone, 4 times the updates, equal time"]
 
 
@@ -241,5 +242,6 @@ def test_adapters_come_after_what_they_are_on_top_of(harness):
 def test_a_teacher_that_is_tuned_comes_after_what_it_is_tuned_from():
     runs = studies.runs(studies.STUDIES["cpu"]["languages"], studies.SIZES["cpu"], [1])
     found = [model.name for model in studies.teachers(runs, "cpu")]
-    assert found[0] == recipes.TEACHER
+    assert found[0] == "teacher-longer"
     assert "teacher-hi" in found
+    assert recipes.TEACHER not in found

@@ -19,7 +19,8 @@ class Size(NamedTuple):
         teacher, student: width, encoder layers, decoder layers
         widths: of narrower and wider students
         factorized: what their embeddings are factorized to
-        teacher_updates, longer_updates, student_updates, tuning_updates: how long each is trained
+        teacher_updates, longer_updates, tuning_updates: how long each is trained
+        student_updates: the same, by corpus
         at_once: trainings that run side by side
         threads: of each
     """
@@ -32,7 +33,7 @@ class Size(NamedTuple):
     factorized: int
     teacher_updates: int
     longer_updates: int
-    student_updates: int
+    student_updates: Dict[str, int]
     tuning_updates: int
     at_once: int
     threads: int
@@ -40,7 +41,16 @@ class Size(NamedTuple):
 
 SIZES = {
     # side by side on one thread each, two trainings take 0.7 of the time that they take in turn on two
-    "cpu": Size(recipes.CPU, (), (192, 2, 2), (96, 2, 1), (64, 128), 32, 1600, 4000, 1000, 200, 2, 1),
+    "cpu": Size(
+        recipes.CPU,
+        (),
+        (192, 2, 2),
+        (96, 2, 1),
+        (64, 128),
+        32,
+        *(1600, 4000, {"pair": 1000, "languages": 1500}, 200),
+        *(2, 1),
+    ),
     "gpu": Size(
         ("--fp16",),
         ("--max-tokens", "8000", "--lr", "1e-3", "--warmup-updates", "1000"),
@@ -48,7 +58,7 @@ SIZES = {
         (256, 6, 2),
         (128, 384),
         64,
-        *(6000, 20000, 4000, 500),
+        *(6000, 20000, {"pair": 4000, "languages": 4000}, 500),
         *(3, 2),
     ),
 }
@@ -63,7 +73,7 @@ class Study(NamedTuple):
         variants: what is different about each, by its name
         against: those that the others are tested against
         equal_time: of those, these are trained again, for as long as the last of `against` takes
-        times: as many updates as the size says
+        times: as many updates as the size says for its corpus
         adapted: the one that gets an adapter for each language on top
         plot: what the plot has on its axes: ``scores`` by variant, or ``size`` against score
     """
@@ -81,7 +91,7 @@ class Study(NamedTuple):
     def teachers(self) -> List[str]:
         """Those of all languages that students learn from."""
         read = [name for model in self.variants.values() for name in model.reads]
-        names = [TEACHER, *(CACHES[name].teacher if name in CACHES else name for name in read)]
+        names = [CACHES[name].teacher if name in CACHES else name for name in read]
         return [name for name in dict.fromkeys(names) if TEACHERS["cpu"][name].language is None]
 
     def label(self, variant: str) -> str:
@@ -104,7 +114,7 @@ def _teachers(size: Size) -> Dict[str, Model]:
     """All there are, by their name."""
     arguments = ("--arch", "transformer", *recipes.dimensions(*size.teacher), *size.training, *PLAIN)
     teacher = Model(TEACHER, "teacher_updates", arguments)
-    tuned = ("--finetune-from-model", f"{TEACHER}/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50")
+    tuned = ("--finetune-from-model", f"{_LONGER}/{CHECKPOINT}", "--lr", "1e-3", "--warmup-updates", "50")
     return {
         TEACHER: teacher,
         f"{TEACHER}-2": replace(teacher, name=f"{TEACHER}-2", seed=2),
@@ -114,7 +124,7 @@ def _teachers(size: Size) -> Dict[str, Model]:
         ),
         **{
             f"{TEACHER}-{language}": Model(
-                f"{TEACHER}-{language}", "tuning_updates", (*arguments, *tuned), (TEACHER,), language
+                f"{TEACHER}-{language}", "tuning_updates", (*arguments, *tuned), (_LONGER,), language
             )
             for language in CORPORA["languages"].languages
         },
@@ -166,13 +176,18 @@ def _studies(size: Size) -> Dict[str, Study]:
 
     by_alpha = (*plain, *_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha")
     alpha_0 = Model("", "student_updates", (*by_alpha, "0"))
-    strategies = {
-        "alone": alone(),
-        "word, alpha 0.5": word(),
-        "word, alpha 1": taught("word_level"),
-        "batch, rate 0.5": taught("batch_level", *selected),
-        "global, rate 0.5": taught("global_level", *selected, *window),
-    }
+
+    def strategies(teacher: str) -> Dict[str, Model]:
+        by = {"teachers": (teacher,)}
+        return {
+            "alone": alone(),
+            "word, alpha 0.5": word(**by),
+            "word, alpha 1": taught("word_level", **by),
+            "batch, rate 0.5": taught("batch_level", *selected, **by),
+            "global, rate 0.5": taught("global_level", *selected, *window, **by),
+        }
+
+    of_pair, language_wise = strategies(TEACHER), ("global_language_wise", *selected, *window)
     specialists = tuple(f"{TEACHER}-{language}" for language in CORPORA["languages"].languages)
     by_language = ",".join(f"{name[len(TEACHER) + 1 :]}={name}/{CHECKPOINT}" for name in specialists)
     shapes = {
@@ -195,7 +210,7 @@ def _studies(size: Size) -> Dict[str, Study]:
             "German to English: what distils best into one student?",
             "pair",
             {
-                **strategies,
+                **of_pair,
                 **sequence,
                 "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2")),
                 "word from a cache of 32": cached(32),
@@ -208,7 +223,7 @@ def _studies(size: Size) -> Dict[str, Study]:
             "German to English: and if students are trained until they hardly get better?",
             "pair",
             {
-                **{name: strategies[name] for name in ("alone", "word, alpha 0.5")},
+                **{name: of_pair[name] for name in ("alone", "word, alpha 0.5")},
                 "word, alpha 0.5, longer teacher": word(teachers=(_LONGER,)),
                 "word from a cache of 32, longer teacher": cached(32, _LONGER),
                 _ALPHA_0: alpha_0,
@@ -221,11 +236,9 @@ def _studies(size: Size) -> Dict[str, Study]:
             "Ten languages with 1,000 to 30,000 pairs: what distils best into one student?",
             "languages",
             {
-                **strategies,
-                "language-wise, each": taught("global_language_wise", *selected, *window),
-                "language-wise, shared": taught(
-                    "global_language_wise", *selected, *window, "--kd-queue-window", "shared"
-                ),
+                **strategies(_LONGER),
+                "language-wise, each": taught(*language_wise, teachers=(_LONGER,)),
+                "language-wise, shared": taught(*language_wise, "--kd-queue-window", "shared", teachers=(_LONGER,)),
                 "a teacher for each, word, alpha 0.5": replace(
                     word("--teacher-checkpoint-path", by_language), reads=specialists
                 ),
@@ -237,7 +250,7 @@ def _studies(size: Size) -> Dict[str, Study]:
             "languages",
             {
                 **{f"{name}, alone": alone(arch=arch) for name, arch in shapes.items()},
-                **{f"{name}, distilled": word(arch=arch) for name, arch in shapes.items()},
+                **{f"{name}, distilled": word(teachers=(_LONGER,), arch=arch) for name, arch in shapes.items()},
             },
             (),
             adapted=f"{base}, distilled",
@@ -247,7 +260,7 @@ def _studies(size: Size) -> Dict[str, Study]:
             "German to English: what do the settings do?",
             "pair",
             {
-                **{name: strategies[name] for name in ("alone", "word, alpha 0.5")},
+                **{name: of_pair[name] for name in ("alone", "word, alpha 0.5")},
                 **{
                     f"global, rate {rate}": taught("global_level", "--kd-rate", rate, *window)
                     for rate in ("0.25", "0.5", "0.75", "1")
@@ -296,8 +309,9 @@ def named(variant: str, model: Model, seed: int) -> Model:
 
 def runs(study: Study, size: Size, seeds: Iterable[int]) -> List[Run]:
     """All of equal updates, each seed of every variant before the next seed."""
+    updates = size.student_updates[study.corpus] * study.times
     return [
-        Run(study.label(variant), named(study.label(variant), model, seed), size.student_updates * study.times)
+        Run(study.label(variant), named(study.label(variant), model, seed), updates)
         for seed in seeds
         for variant, model in study.variants.items()
     ]
@@ -321,7 +335,7 @@ def longer(study: Study, size: Size, seeds: Iterable[int], speeds: Dict[str, flo
     for seed in seeds:
         for variant in (name for name in study.equal_time if name in speeds):
             name = in_equal_time(study.label(variant))
-            updates = size.student_updates * study.times * speeds[variant] / speeds[study.against[-1]]
+            updates = size.student_updates[study.corpus] * study.times * speeds[variant] / speeds[study.against[-1]]
             found.append(Run(name, named(name, study.variants[variant], seed), round(updates / 10) * 10))
     return found
 
@@ -348,7 +362,8 @@ def adapters(study: Study, size: str, seeds: Iterable[int]) -> List[Run]:
 def teachers(those: Iterable[Run], size: str) -> List[Model]:
     """All that the students read, each after those that it reads itself."""
     found: Dict[str, Model] = {}
-    for name in [TEACHER, *(name for run in those for name in run.model.reads)]:
-        name = CACHES[name].teacher if name in CACHES else name
-        found.setdefault(name, TEACHERS[size][name])
+    read = [name for run in those for name in (*run.model.reads, *([TEACHER] if run.model.sequence else []))]
+    for name in [CACHES[name].teacher if name in CACHES else name for name in read]:
+        for each in (*TEACHERS[size][name].reads, name):
+            found.setdefault(each, TEACHERS[size][each])
     return list(found.values())
