@@ -3,12 +3,14 @@
 ``python benchmarks/gpu_loss.py [--rehearse]`` measures by CUDA events, medians of ten, every variant of a size on the
 same tensors in turn. Liger's losses are those nearest to this one: its cross-entropy with label smoothing, and its
 distillation at beta = 0 (Kullback-Leibler from teacher to student) with the hard loss, both fused with the projection.
+``--profile FILE`` writes the kernels of one distillation, and what is in memory at its peak.
 """
 
 import argparse
 import gc
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from common import DEVICE, save
@@ -166,11 +168,47 @@ def measure(function, tensors):
     return statistics.median(taken), (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
+def profile(function, tensors, path: Path) -> None:
+    """Write the kernels of a run, and what it has in memory at its peak."""
+    for x in tensors[:2]:
+        x.grad = None
+    if DEVICE == "cuda":
+        torch.cuda.memory._record_memory_history(stacks="python")
+    function(*tensors)
+    lines = []
+    if DEVICE == "cuda":
+        history = torch.cuda.memory._snapshot()["device_traces"][0]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        lines = ["in memory at the peak, beside what was there before:", *_at_peak(history)]
+    with torch.profiler.profile() as profiled:
+        function(*tensors)
+    by = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    table = profiled.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=90)
+    path.write_text("\n".join([*lines, table]), encoding="utf-8")
+
+
+def _at_peak(history):
+    alive, largest, at_peak = {}, 0, []
+    for event in history:
+        if event["action"] == "alloc":
+            alive[event["addr"]] = event
+        elif event["action"] == "free_requested":
+            alive.pop(event["addr"], None)
+        total = sum(each["size"] for each in alive.values())
+        if total > largest:
+            largest, at_peak = total, sorted(alive.values(), key=lambda each: -each["size"])
+    for event in at_peak[:15]:
+        frames = [f"{Path(x['filename']).name}:{x['line']}" for x in event["frames"] if x["filename"].endswith(".py")]
+        yield f"{event['size'] / 1e6:10.1f} MB  {' < '.join(frames[:4])}"
+    yield f"{largest / 1e6:10.1f} MB  together"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="a small size, on a CPU too")
     parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many: %(default)s")
     parser.add_argument("--only", nargs="*", help="variants whose names contain one of these")
+    parser.add_argument("--profile", type=Path, help="file for the profile of one distillation of the first size")
     options = parser.parse_args()
     sizes = REHEARSED if options.rehearse else SIZES[: options.sizes]
     rows = []
@@ -183,6 +221,10 @@ def main() -> None:
         teacher_x = torch.randn(tokens, TEACHER, **like)
         teacher_weight = torch.empty(vocabulary, TEACHER, **like).normal_(std=TEACHER**-0.5)
         target = torch.randint(vocabulary, (tokens,), device=DEVICE)
+        if options.profile and (vocabulary, tokens) == sizes[0]:
+            measured = (x, weight, target, teacher_x, teacher_weight)
+            lean_distillation(*measured)
+            profile(lean_distillation, measured, options.profile)
         for name, make in MAKE.items():
             if name in ONCE and (vocabulary, tokens) != sizes[0]:
                 continue

@@ -1,30 +1,35 @@
 """(b) on a GPU: whole training runs by fairseq-train: words per second, peak memory, and what waits for the device.
 
 ``python benchmarks/gpu_steps.py [--rehearse]`` runs the variants one after the other in one process, on random
-sentences of 8 to 60 words; ``--profile FILE`` writes what a step of word-level distillation does. Each variant's speed
-is the median over the intervals of its log but for the first two, in which torch compiles.
+sentences of 7 to 63 words. They have eight lengths, since of each shape of a batch that is new a GPU's libraries are
+slow to choose their products: so few updates are enough. Each variant's speed is the median over the intervals of its
+log but for the first two, in which torch compiles. ``--profile FILE`` writes what one step of some of them does.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, NamedTuple, Optional
 from unittest import mock
 
 import torch
-from common import DEVICE, HERE, peak_gb, save
+from common import DEVICE, HERE, peak_gb, save, wait_for_device
 from fairseq.logging import metrics, progress_bar
+from fairseq.models.transformer import TransformerModelBase
+from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin
 from fairseq.trainer import Trainer
 from fairseq_cli import preprocess, train
 
 from kd_ext import teacher_cache
-from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
+from kd_ext.criterions import label_smoothed_cross_entropy_with_kd as criterion
 from kd_ext.modules.teacher import Teacher
 from kd_ext.teachers import load
 
@@ -32,6 +37,7 @@ DISTIL = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_
 UPSTREAM = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy"]
 HALF = "--bf16"
 CPU = [] if DEVICE == "cuda" else ["--cpu"]
+PROFILED = ["upstream, fp16", "word-level, bf16", "full cache, bf16", "word-level, bf16, torch.compile"]
 
 
 class Size(NamedTuple):
@@ -46,7 +52,7 @@ class Size(NamedTuple):
     interval: int
 
 
-FULL = Size((512, 6), (1024, 6), 32_000, 12_000, 8192, 140, 20)
+FULL = Size((512, 6), (1024, 6), 32_000, 12_000, 8192, 80, 10)
 REHEARSED = Size((64, 1), (64, 2), 200, 300, 1000, 8, 2)
 
 
@@ -62,7 +68,7 @@ def make_data(folder: Path, size: Size) -> None:
     """Sentences of random words, binarized by fairseq-preprocess."""
     generator = torch.Generator().manual_seed(0)
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(size.vocabulary - 4)))
-    lengths = torch.randint(8, 61, (size.sentences,), generator=generator).tolist()
+    lengths = (8 * torch.randint(1, 9, (size.sentences,), generator=generator) - 1).tolist()
     for split, count in (("train", size.sentences), ("valid", 1)):
         for side in ("xx", "yy"):
             lines = []
@@ -88,9 +94,9 @@ def training(folder: Path, model, size: Size, updates: int):
     return flags
 
 
-def measured(variant: str, flags) -> Dict[str, Any]:
+def measured(variant: str, flags, profile: Optional[Path]) -> Dict[str, Any]:
     """Train, and note speed, memory and waits."""
-    rates, waits = [], []
+    rates, waits, peaks = [], [], [0.0]
     log, step, output = progress_bar.SimpleProgressBar.log, Trainer.train_step, Teacher.output
     last = int(flags[flags.index("--max-update") + 1])
 
@@ -99,10 +105,12 @@ def measured(variant: str, flags) -> Dict[str, Any]:
             rates.append(float(stats["wps"]))
         return log(self, stats, tag, step)
 
-    def count_waits(self, *args, **kwargs):
+    def look_at(self, *args, **kwargs):
+        if profile and variant in PROFILED and self.get_num_updates() == last - 2:
+            return _profiled(variant, profile, partial(step, self, *args, **kwargs))
         if self.get_num_updates() != last - 3 or DEVICE == "cpu":
             return step(self, *args, **kwargs)
-        with warnings.catch_warnings(record=True) as warned, _profiled(variant):
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             out = step(self, *args, **kwargs)
@@ -110,23 +118,30 @@ def measured(variant: str, flags) -> Dict[str, Any]:
         waits.extend(f"{Path(w.filename).name}:{w.lineno}" for w in warned if "synchroniz" in str(w.message))
         return out
 
+    def forget_peak(*args):  # fairseq does so after every update
+        peaks.append(peak_gb())
+        reset(*args)
+
     metrics.reset()
     gc.collect()
+    reset = torch.cuda.reset_peak_memory_stats
     if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        reset()
     with contextlib.ExitStack() as changes:
         change = partial(_changed, changes)
         change(progress_bar.SimpleProgressBar, "log", note)
-        change(Trainer, "train_step", count_waits)
+        change(Trainer, "train_step", look_at)
+        change(torch.cuda, "reset_peak_memory_stats", forget_peak)
         if variant.startswith("plain"):  # as for a model whose output layer cannot be taken apart
-            change(LabelSmoothedCrossEntropyWithKD, "_find_projection", lambda self, model: None)
+            change(criterion.LabelSmoothedCrossEntropyWithKD, "_find_projection", lambda self, model: None)
             change(load, "_find_projection", lambda model: None)
         if "own stream" in variant:
             change(Teacher, "output", _beside(output))
+        if "masks" in variant:  # fairseq asks whether there is any padding, and waits for the answer
+            change(torch.Tensor, "any", lambda self, *args: True)
         run_command(train.cli_main, "fairseq-train", flags)
     speed = statistics.median(rates[2:] or rates[-1:] or [0])
-    return {"words_per_second": speed, "peak_gb": peak_gb(), "waits": waits, "rates": rates}
+    return {"words_per_second": speed, "peak_gb": max(*peaks, peak_gb()), "waits": waits, "rates": rates}
 
 
 def _changed(changes: contextlib.ExitStack, owner, name, value) -> None:
@@ -149,26 +164,74 @@ def _beside(output):
     return on_stream
 
 
-@contextlib.contextmanager
-def _profiled(variant: str):
-    if "profile" not in variant:
-        yield
-        return
-    with torch.profiler.profile() as profile:
-        yield
-    Path(variant.split("=")[1]).write_text(profile.key_averages().table(sort_by="cuda_time_total", row_limit=45))
+# what a step consists of: the passes forward; what is left is the pass backward, and fairseq's own
+PARTS = [
+    (Teacher, "output", "the teacher"),
+    (TransformerModelBase, "forward", "a model"),
+    (criterion, "chunked_loss", "the loss"),
+    (_FP16OptimizerMixin, "backward", "backward"),
+    (_FP16OptimizerMixin, "step", "the optimizer"),
+    (Trainer, "clip_grad_norm", "clipping"),
+    (Trainer, "_reduce_and_log_stats", "logging"),
+]
+
+
+def _profiled(variant: str, path: Path, step) -> Any:
+    """Do a step, and append to a file what the CPU and the device did in it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if DEVICE == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    wait_for_device()
+    with contextlib.ExitStack() as changes:
+        for owner, name, part in PARTS:
+            _changed(changes, owner, name, _recorded(getattr(owner, name), part))
+        profile = changes.enter_context(torch.profiler.profile(activities=activities))
+        start = time.perf_counter()
+        out = step()
+        given = time.perf_counter() - start
+        wait_for_device()
+        taken = time.perf_counter() - start
+    averages = profile.key_averages()
+    on_device = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    parts = [event for event in averages if event.key.startswith("##")]
+    busy = sum(x.self_device_time_total for x in averages if x not in parts and "cuda" in str(x.device_type).lower())
+    with path.open("a", encoding="utf-8") as file:
+        print(f"== {variant}: {1e3 * taken:.1f} ms, profiled; given to the device in {1e3 * given:.1f} ms;", file=file)
+        print(f"kernels together {busy / 1e3:.1f} ms", file=file)
+        for x in parts:
+            took = [f"{name} {getattr(x, f'{name}_time_total') / 1e3:.1f} ms" for name in ("cpu", "device")]
+            print(x.key, x.count, str(x.device_type), *took, file=file)
+        for key in dict.fromkeys((on_device, "cpu_time_total")):
+            print(averages.table(sort_by=key, row_limit=25, max_name_column_width=60), file=file)
+    return out
+
+
+def _recorded(function, part: str):
+    @functools.wraps(function)  # the student is asked for its arguments
+    def call(*args, **kwargs):
+        with torch.profiler.record_function(f"## {part}"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _take_memory() -> None:
+    """Before anything is timed: to be given memory by the driver takes a GPU a multiple of the time of a step."""
+    if DEVICE == "cuda":
+        torch.empty(int(0.6 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=DEVICE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="small models, on a CPU too")
     parser.add_argument("--only", nargs="*", help="variants whose names contain one of these")
-    parser.add_argument("--profile", help="file for the profile of a step")
+    parser.add_argument("--profile", type=Path, help="file for the profiles of a step")
     options = parser.parse_args()
     size = REHEARSED if options.rehearse else FULL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder, size)
+        _take_memory()
         teacher = folder / "teacher" / "checkpoint_last.pt"
         save_teacher = ["--save-dir", folder / "teacher", "--no-save-optimizer-state", *UPSTREAM]
         run_command(train.cli_main, "fairseq-train", [*training(folder, size.teacher, size, 1), *save_teacher, HALF])
@@ -183,18 +246,20 @@ def main() -> None:
             "full cache, bf16": [*cache, HALF],
             "word-level, bf16, torch.compile": [*word, HALF, *compiled],
             "full cache, bf16, torch.compile": [*cache, HALF, *compiled],
-            "global-level, bf16": [*distil, "--kd-strategy", "global_level", *queue, HALF],
-            "upstream, bf16, torch.compile": [*UPSTREAM, HALF, *compiled],
-            "plain word-level, bf16": [*word, HALF],
-            "without distillation, bf16": [*DISTIL, "--alpha", 0, HALF],
+            "upstream, bf16, not flat": [*UPSTREAM, HALF, "--fp16-no-flatten-grads"],
             "word-level, fp16": [*word, "--fp16"],
+            "global-level, bf16": [*distil, "--kd-strategy", "global_level", *queue, HALF],
+            "without distillation, bf16": [*DISTIL, "--alpha", 0, HALF],
+            "upstream, bf16, torch.compile": [*UPSTREAM, HALF, *compiled],
+            "word-level, bf16, teacher on its own stream": [*word, HALF],
+            "word-level, bf16, masks not waited for": [*word, HALF],
+            "upstream, fp16, again": [*UPSTREAM, "--fp16"],
+            "word-level, bf16, again": [*word, HALF],
+            "full cache, bf16, again": [*cache, HALF],
+            "plain word-level, bf16": [*word, HALF],
             "upstream, fp32": UPSTREAM,
             "upstream, amp": [*UPSTREAM, "--amp"],
-            "word-level, bf16, teacher on its own stream": [*word, HALF],
-            "upstream, bf16, again": [*UPSTREAM, HALF],
         }
-        if options.profile:
-            variants = {f"word-level, profile={options.profile}": variants["word-level, bf16"]}
         rows = []
         for variant, flags in variants.items():
             if options.only and not any(part in variant for part in options.only):
@@ -207,13 +272,12 @@ def main() -> None:
                     fill = [folder, "--max-tokens", size.max_tokens, HALF, *CPU, *cache[4:]]
                     teacher_cache.main(list(map(str, [*fill, "--teacher-checkpoint-path", teacher])))
                 run = [*training(folder, size.student, size, size.updates), *flags, "--no-save"]
-                row.update(measured(variant, [*run, "--save-dir", folder / "student"]))
+                row.update(measured(variant, [*run, "--save-dir", folder / "student"], options.profile))
             except Exception as error:
                 row["skipped"] = f"{type(error).__name__}: {error}"[-1500:]
             rows.append(row)
             print(row, flush=True)
-            if not options.profile:
-                save("gpu_steps", rows, **size._asdict())
+            save("gpu_steps", rows, **size._asdict())
         if options.rehearse and any("skipped" in row for row in rows):
             sys.exit(1)
 

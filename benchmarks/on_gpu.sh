@@ -5,14 +5,14 @@
 #   OUT=results bash benchmarks/on_gpu.sh           on that machine: its python3 has torch, numpy, pytest and pytest-xdist
 #   OUT=results bash benchmarks/on_gpu.sh --rehearse    the same in small, on a CPU
 #
-# STEPS names some of: environment tests steps loss queue profile decoding adapters. LIMIT_loss is the time limit of that
+# STEPS names some of: environment steps tests loss queue decoding adapters. LIMIT_loss is the time limit of that
 # step in seconds, ARGS_loss more arguments of it, and so for the others; PYTEST_ADDOPTS says which tests. PYTHON is the
 # interpreter, WHEELS the folder of the wheels.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-environment tests steps loss queue profile}
+STEPS=${STEPS:-environment steps tests loss queue}
 REHEARSE=${1:-}
 workers=14
 if [ "$REHEARSE" = --rehearse ]; then
@@ -51,12 +51,11 @@ step() {
 failed=0
 
 step environment 30 "$python" -m kd_ext.doctor
+step steps 300 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
 step tests 150 "$python" -m pytest -n $workers -m gpu -q -p no:cacheprovider -W ignore --tb=short --durations=5 \
     tests/test_gpu.py
-step steps 200 "$python" benchmarks/gpu_steps.py $REHEARSE
-step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE
+step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE --profile "$OUT/loss_profile.txt"
 step queue 60 "$python" benchmarks/queue_gate.py
-step profile 60 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
 step decoding 60 "$python" benchmarks/decoding.py
 step adapters 60 "$python" benchmarks/adapter_tuning.py
 [ $failed = 0 ] || tail -n 40 "$OUT/log.txt"

@@ -152,7 +152,8 @@ def test_what_validation_reports(data, student, tmp_path):
     for flag in ([], ["--bf16"]):
         given = [data, *PLUGIN, "--path", student, "--cpu", "--max-tokens", 200, *flag]
         result = run(tmp_path / "log", "fairseq-validate", *given)
-        losses.append(float(re.findall(r"valid .*\| nll_loss ([\d.]+)", result.output)[-1]))
+        found = re.findall(r"valid .*\| loss ([\d.]+) \| nll_loss ([\d.]+)", result.output)[-1]
+        losses.append([float(loss) for loss in found])
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
     assert losses[1] != losses[0]
 

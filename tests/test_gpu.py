@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from commands import ENVIRONMENT, PLUGIN, script
 from conftest import KD, SIZES, TRAINING, load, strategy_flags
+from fairseq.logging import metrics
 from stubs import GivenFeatures, Run, dictionary, random_batch, to_sample
 from test_chunked_loss import plain
 from test_cli_teachers_by_language import other  # noqa: F401  a fixture, as those below
@@ -210,6 +212,20 @@ def test_resume(data, teacher, tmp_path, precision):
         torch.testing.assert_close(queues[1][name], values, atol=0.01 if not precision else 0.1, rtol=0)
 
 
+@needs_cuda
+def test_a_run_whose_optimizer_had_each_parameter_apart(data, teacher, tmp_path):
+    """As fairseq has it with bfloat16, and earlier runs have: it goes on with all as one."""
+    flags = ["--bf16", "--max-update"]
+    whole = distil_on_gpu(data, teacher, tmp_path / "whole", *flags, "14")
+    first = distil_on_gpu(data, teacher, tmp_path / "parts", *flags, "7", "--fp16-no-flatten-grads")
+    states = [load(tmp_path / "parts" / "checkpoint_last.pt")["last_optimizer_state"]["state"]]
+    second = distil_on_gpu(data, teacher, tmp_path / "parts", *flags, "14")
+    assert nll(first) + nll(second) == pytest.approx(nll(whole), abs=0.05)
+    states.append(load(tmp_path / "parts" / "checkpoint_last.pt")["last_optimizer_state"]["state"])
+    assert len(states[0]) > 10
+    assert len(states[1]) == 1
+
+
 def test_cache(data, teacher, tmp_path):
     """Filled by a command in half precision, then read without the teacher."""
     cache = ["--teacher-cache-dir", tmp_path / "cache", "--max-tokens", "400"]
@@ -315,9 +331,23 @@ def test_nothing_is_waited_for(strategy, monkeypatch):
             loss, _, logged = run.criterion(run.student, sample)
             loss.backward()
             run.task.selector.commit()
-            type(run.criterion).reduce_metrics([logged])
         finally:
             refuse_waits("default")
+        assert _waits(lambda: type(run.criterion).reduce_metrics([logged])) <= 1  # noqa: B023
+
+
+def _waits(function):
+    """How often a function waits for the device, and what it logs is asked for."""
+    if DEVICE == "cpu":
+        function()
+        return 0
+    with warnings.catch_warnings(record=True) as warned, metrics.aggregate(new_root=True) as logged:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        function()
+        logged.get_smoothed_values()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in warned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

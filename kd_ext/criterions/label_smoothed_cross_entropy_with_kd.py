@@ -350,30 +350,26 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict]) -> None:
         """Log the sums of :meth:`forward`: losses and gates in bits a token, selections as shares."""
-        super().reduce_metrics(logging_outputs)
-        keys = sorted({key for log in logging_outputs for key in log if key.startswith("kd_")})
-        sums = {key: sum(log.get(key, 0) for log in logging_outputs) for key in keys}
-        counts = _as_numbers({key: sums[key] for key in keys if key.startswith(_COUNTS)})
+        keys = {key for log in logging_outputs for key in log}
+        sums = _as_numbers({key: sum(log.get(key, 0) for log in logging_outputs) for key in sorted(keys)})
+        super().reduce_metrics([sums])
         for key in ("kd_loss", "kd_kl"):
             if key in sums:
-                _log_mean(key, sums[key] / math.log(2), counts["kd_selected"])
-        for key, total in counts.items():
+                _log_mean(key, sums[key] / math.log(2), sums["kd_selected"])
+        for key, total in sums.items():
             if key.startswith("kd_tokens"):
                 share = "kd_selected" + key[len("kd_tokens") :]
-                _log_mean(share, counts[share], total)
+                _log_mean(share, sums[share], total)
             elif key.startswith("kd_gates"):
                 gate = "kd_gate" + key[len("kd_gates") :]
                 _log_mean(gate, sums[gate] / math.log(2), total)
 
 
-_COUNTS = ("kd_selected", "kd_tokens", "kd_gates")
-
-
-def _as_numbers(counts: Dict) -> Dict[str, float]:
-    """Sums over several workers come as tensors: fetch them together."""
-    tensors = [key for key, count in counts.items() if torch.is_tensor(count)]
-    found = torch.stack([counts[key].double() for key in tensors]).tolist() if tensors else []
-    return {**counts, **dict(zip(tensors, found))}
+def _as_numbers(sums: Dict) -> Dict[str, float]:
+    """What is a tensor, fetched together: fairseq would wait for the device once for each that it logs."""
+    tensors = [key for key, value in sums.items() if torch.is_tensor(value)]
+    found = torch.stack([sums[key].double() for key in tensors]).tolist() if tensors else []
+    return {**sums, **dict(zip(tensors, found))}
 
 
 def _log_mean(key: str, total, count: float) -> None:

@@ -194,6 +194,10 @@ class LogitChunks:
         self.product.into(logits, self.features[start:stop], self.weight.t())
         return logits if self._bias is None else logits.add_(self._bias)
 
+    def free(self) -> None:
+        """Give the chunks' memory back."""
+        self._buffer = None
+
 
 class TeacherBlock(NamedTuple):
     """The teacher's side of some tokens.

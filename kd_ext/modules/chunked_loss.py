@@ -346,15 +346,23 @@ class _ForwardPass:
         """
         golden, distilled, _, temperature = self._weights
         features, weight, dtype = self._student.features, self._student.weight, self._product.dtype
-        vocabulary, sum_of_weights = weight.size(0), weight.sum(0, dtype=dtype)
+        share = self._teacher.share
+        del self._teacher  # with the memory of its chunks, as that of the student's
+        self._student.free()
+        self._scratch = None
+        vocabulary = weight.size(0)
+        # a product, since to add up as many rows takes a GPU as much memory as a chunk of logits
+        sum_of_weights = self._product.into(
+            self._top.new_empty(1, weight.size(1)), weight.new_ones(1, vocabulary), weight
+        ).squeeze(0)
         over_words = torch.mv(features.to(dtype), sum_of_weights)  # of each token, its logits' sum
         if self._bias is not None:
             over_words += self._bias.sum(dtype=dtype)
         over_words -= vocabulary * self._top
         common = torch.full_like(over_words, golden * self._floor)  # the target that all words have, times its weight
-        if self._teacher.share is not None:
-            self._inner[:count] += self._teacher.share * over_words[:count]
-            common[:count] += distilled * temperature * self._teacher.share
+        if share is not None:
+            self._inner[:count] += share * over_words[:count]
+            common[:count] += distilled * temperature * share
 
         log_total = self._total.log()
         nll = log_total - (self._at_target - self._top)

@@ -125,6 +125,8 @@ def _no_flood() -> None:
     """
     for name in ("torch._dynamo", "torch._inductor", "torch._functorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # on a GPU torch 2.11 warns of each product of matrices whose length it does not know yet
+    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     show, shown = warnings.showwarning, set()
 
     @functools.wraps(show)
