@@ -50,12 +50,12 @@ step() {
 }
 failed=0
 
-step environment 30 "$python" -m kd_ext.doctor
-step steps 300 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
+step environment 20 "$python" -m kd_ext.doctor
+step steps 220 "$python" benchmarks/gpu_steps.py $REHEARSE --profile "$OUT/step_profile.txt"
 step tests 150 "$python" -m pytest -n $workers -m gpu -v -p no:cacheprovider -W ignore --tb=short --durations=5 \
     tests/test_gpu.py
-step loss 90 "$python" benchmarks/gpu_loss.py $REHEARSE --profile "$OUT/loss_profile.txt"
-step queue 60 "$python" benchmarks/queue_gate.py
+step loss 50 "$python" benchmarks/gpu_loss.py $REHEARSE --profile "$OUT/loss_profile.txt"
+step queue 20 "$python" benchmarks/queue_gate.py
 step decoding 60 "$python" benchmarks/decoding.py
 step adapters 60 "$python" benchmarks/adapter_tuning.py
 [ $failed = 0 ] || tail -n 40 "$OUT/log.txt"

@@ -9,7 +9,8 @@ alone=()
 if unshare -rn true 2>/dev/null; then
     alone=(unshare -rn)
 fi
-export PYTHON=$python WHEELS=.nox/whl OUT=benchmarks/results/rehearsed LIMIT_tests=900 LIMIT_steps=900
+export PYTHON=$python WHEELS=.nox/whl OUT=benchmarks/results/rehearsed
+export LIMIT_environment=120 LIMIT_tests=900 LIMIT_steps=900 LIMIT_loss=300 LIMIT_queue=300
 export PYTEST_ADDOPTS="-k 'not torch_compile'" # the steps compile
 rm -rf "$OUT"
 # a new network has nothing but a loopback that is down, and two workers meet on it

@@ -62,7 +62,7 @@ class Teacher:
     def compile_layers(self) -> None:
         """Compile each model's layers, as :func:`~kd_ext.modules.compiled_layers.compile_layers`."""
         for model in self.models:
-            compile_layers(model)
+            compile_layers(model, gives_attention=False)
 
     @torch.inference_mode()
     def output(self, sample: Dict[str, Any], positions: Positions) -> List[TeacherLogits]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.dataclass.configs import CommonConfig
+from fairseq.incremental_decoding_utils import FairseqIncrementalState
 from fairseq.trainer import Trainer
 
 from kd_ext.errors import ConfigError
@@ -115,6 +116,7 @@ def _compile(model: Any) -> None:
     if count == 0:
         raise ConfigError(f"{FLAG}: a {type(model).__name__} has no layers in its encoder and decoder; leave it out")
     _no_flood()
+    _no_states()
 
 
 @functools.lru_cache(maxsize=None)
@@ -137,6 +139,20 @@ def _no_flood() -> None:
             show(message, category, filename, lineno, *args, **kwargs)
 
     warnings.showwarning = showwarning
+
+
+@functools.lru_cache(maxsize=None)
+def _no_states() -> None:
+    """fairseq looks for a name of each layer's own before it sees that there is no incremental state to look it up in.
+
+    So each decoder layer would be compiled by itself.
+    """
+    original = FairseqIncrementalState.get_incremental_state
+
+    def get_incremental_state(self, incremental_state, key):
+        return None if incremental_state is None else original(self, incremental_state, key)
+
+    FairseqIncrementalState.get_incremental_state = functools.wraps(original)(get_incremental_state)
 
 
 @functools.lru_cache(maxsize=None)
