@@ -49,6 +49,9 @@ def sizes(rows: List[Any], speeds: Dict[str, float], path: Path) -> None:
     axes.set(xscale="log", xlabel="parameters", ylabel="chrF; area of a mark: sentences a second, on one core")
     above = axes.secondary_xaxis("top", functions=(lambda x: x * MEGABYTES, lambda x: x / MEGABYTES))
     above.set_xlabel("megabytes of float32")
+    for axis, text in ((axes.xaxis, lambda x, _: f"{x / 1e6:g}M"), (above.xaxis, lambda x, _: f"{x:g}")):
+        axis.set_major_formatter(text)
+        axis.set_minor_formatter(text)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=100)
