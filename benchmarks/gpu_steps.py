@@ -164,7 +164,7 @@ def _beside(output):
     return on_stream
 
 
-# what a step consists of: the passes forward; what is left is the pass backward, and fairseq's own
+# what a step consists of; what is left is fairseq's own
 PARTS = [
     (Teacher, "output", "the teacher"),
     (TransformerModelBase, "forward", "a model"),
@@ -215,12 +215,6 @@ def _recorded(function, part: str):
     return call
 
 
-def _take_memory() -> None:
-    """Before anything is timed: to be given memory by the driver takes a GPU a multiple of the time of a step."""
-    if DEVICE == "cuda":
-        torch.empty(int(0.6 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=DEVICE)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="small models, on a CPU too")
@@ -231,7 +225,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder, size)
-        _take_memory()
         teacher = folder / "teacher" / "checkpoint_last.pt"
         save_teacher = ["--save-dir", folder / "teacher", "--no-save-optimizer-state", *UPSTREAM]
         run_command(train.cli_main, "fairseq-train", [*training(folder, size.teacher, size, 1), *save_teacher, HALF])

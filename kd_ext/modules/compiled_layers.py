@@ -42,7 +42,7 @@ def _tell_equal_sizes_apart() -> None:
     """Else a first batch with as many sentences, or tokens, as the model is wide has a version of its own."""
     from torch.fx.experimental import _config
 
-    if hasattr(_config, "use_duck_shape"):  # torch >= 2.4
+    if hasattr(_config, "use_duck_shape"):  # older ones have no such setting
         _config.use_duck_shape = False
 
 
