@@ -147,35 +147,36 @@ def _studies(size: Size) -> Dict[str, Study]:
     selected = ("--kd-rate", "0.5")
     window = ("--kd-queue-size", "30000")
 
-    def alone(*flags: str, sequence: bool = False, arch: Tuple[str, ...] = plain) -> Model:
-        return Model("", "student_updates", (*arch, *PLAIN, *flags), sequence=sequence)
+    def alone(*flags: str, sequence: bool = False) -> Model:
+        return Model("", "student_updates", (*plain, *PLAIN, *flags), sequence=sequence)
 
     def taught(
         strategy: str,
         *flags: str,
         teachers: Tuple[str, ...] = (TEACHER,),
         sequence: bool = False,
-        arch: Tuple[str, ...] = plain,
     ) -> Model:
         arguments = (
-            *arch,
+            *plain,
             *_DISTILLED,
             *("--teacher-checkpoint-path", ":".join(f"{name}/{CHECKPOINT}" for name in teachers)),
             *("--kd-strategy", strategy, *flags),
         )
         return Model("", "student_updates", arguments, teachers, sequence=sequence)
 
-    def word(*flags: str, teachers: Tuple[str, ...] = (TEACHER,), arch: Tuple[str, ...] = plain) -> Model:
-        return taught("word_seq_level", "--alpha", "0.5", *flags, teachers=teachers, arch=arch)
+    def word(*flags: str, teachers: Tuple[str, ...] = (TEACHER,)) -> Model:
+        return taught("word_seq_level", "--alpha", "0.5", *flags, teachers=teachers)
 
-    def cached(words: int, teacher: str = TEACHER) -> Model:
+    by_alpha = (*_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha")
+
+    def cached(words: int, teacher: str = TEACHER, arch: Tuple[str, ...] = plain) -> Model:
         """Of the teacher nothing is read but what a cache has of it."""
         cache = Cache(teacher, words).name
-        arguments = (*by_alpha, "0.5", "--teacher-cache-dir", f"{cache}/cache")
+        arguments = (*arch, *by_alpha, "0.5", "--teacher-cache-dir", f"{cache}/cache")
         return Model("", "student_updates", arguments, (cache,))
 
-    by_alpha = (*plain, *_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha")
-    alpha_0 = Model("", "student_updates", (*by_alpha, "0"))
+    def alpha_0(arch: Tuple[str, ...] = plain) -> Model:
+        return Model("", "student_updates", (*arch, *by_alpha, "0"))
 
     def strategies(teacher: str) -> Dict[str, Model]:
         by = {"teachers": (teacher,)}
@@ -214,7 +215,7 @@ def _studies(size: Size) -> Dict[str, Study]:
                 **sequence,
                 "two teachers, word, alpha 0.5": word(teachers=(TEACHER, f"{TEACHER}-2")),
                 "word from a cache of 32": cached(32),
-                _ALPHA_0: alpha_0,
+                _ALPHA_0: alpha_0(),
             },
             ("alone", "word, alpha 0.5"),
             equal_time=("alone", _ALPHA_0, "sequence", "two teachers, word, alpha 0.5", "word from a cache of 32"),
@@ -226,7 +227,7 @@ def _studies(size: Size) -> Dict[str, Study]:
                 **{name: of_pair[name] for name in ("alone", "word, alpha 0.5")},
                 "word, alpha 0.5, longer teacher": word(teachers=(_LONGER,)),
                 "word from a cache of 32, longer teacher": cached(32, _LONGER),
-                _ALPHA_0: alpha_0,
+                _ALPHA_0: alpha_0(),
             },
             ("alone", "word, alpha 0.5"),
             equal_time=("alone", _ALPHA_0, "word from a cache of 32, longer teacher"),
@@ -248,9 +249,9 @@ def _studies(size: Size) -> Dict[str, Study]:
         "size": Study(
             "Ten languages: which small model, distilled or not?",
             "languages",
-            {
-                **{f"{name}, alone": alone(arch=arch) for name, arch in shapes.items()},
-                **{f"{name}, distilled": word(teachers=(_LONGER,), arch=arch) for name, arch in shapes.items()},
+            {  # by what studies one and two found to be worth its time
+                **{f"{name}, alone": alpha_0(arch) for name, arch in shapes.items()},
+                **{f"{name}, distilled": cached(32, _LONGER, arch) for name, arch in shapes.items()},
             },
             (),
             adapted=f"{base}, distilled",
