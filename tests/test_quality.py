@@ -106,6 +106,19 @@ def test_adapters_count_as_one_model_once_there_are_all(tmp_path, corpus):
     assert row["chrF"] == "100.0"
 
 
+def test_each_is_compared_with_its_own(tmp_path, corpus):
+    folder, pairs = corpus
+    for name, wrong in (("alone", 100), ("word", 50), ("narrow, alone", 200), ("narrow, word", 200)):
+        keep(tmp_path, name, 1, pairs, wrong)
+    model = recipes.MODELS[1]
+    variants = dict.fromkeys(("alone", "word", "narrow, alone", "narrow, word"), model)
+    without = {"word": "alone", "narrow, word": "narrow, alone"}
+    found = _sizes(study(variants=variants, against=(), without=without, plot="size"), tmp_path, folder)
+    assert float(found["word"]["gain"].split(", p ")[0]) > 2
+    assert float(found["narrow, word"]["gain"].split(", p ")[0]) == 0
+    assert found["alone"]["gain"] == found["narrow, alone"]["gain"] == ""
+
+
 def _sizes(adapted, results, folder):
     tables.write(adapted, results, folder, results / "size")
     return cells(results / "size.md")
@@ -185,6 +198,8 @@ def harness(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     done = []
     monkeypatch.setattr(module.demo, "announce", lambda out, step: done.append(step.name))
+    (tmp_path / "pieces").mkdir()
+    (tmp_path / "pieces" / "train.src").write_text("one\n")
     results = tmp_path / "results"
     results.mkdir()
     (results / "speeds.json").write_text(json.dumps(dict.fromkeys(studies.STUDIES["cpu"]["pair"].variants, 2.0)))
@@ -193,9 +208,6 @@ def harness(tmp_path, monkeypatch):
         def _one(self, run):
             done.append(run.model.name)
             self._kept(run.model.name).write_text("{}")
-
-        def _sequence(self):
-            return module.Step("sequence", {}, None)
 
     commands = types.SimpleNamespace(out=tmp_path)
     size = studies.SIZES["cpu"]._replace(at_once=1)
@@ -211,7 +223,7 @@ def harness(tmp_path, monkeypatch):
 def test_teachers_come_first_and_what_is_there_is_not_made_again(harness):
     train, results = harness
     found = train("pair", [1])
-    assert found[:4] == ["teacher", "teacher-2", "sequence", "teacher-cache-32"]
+    assert found[:4] == ["teacher", "teacher-2", recipes.SEQUENCE, "teacher-cache-32"]
     pair = studies.STUDIES["cpu"]["pair"]
     assert len(set(found[4:])) == len(found[4:]) == len(pair.variants) + len(pair.equal_time)
     assert train("pair", [1]) == []
@@ -223,7 +235,7 @@ def test_teachers_come_first_and_what_is_there_is_not_made_again(harness):
 def test_some_variants_alone(harness):
     train, _ = harness
     found = train("pair", [2], "sequence, equal", "batch")
-    assert found == ["teacher", "sequence", "batch-rate-0.5-seed2", "sequence-equal-time-seed2"]
+    assert found == ["teacher", recipes.SEQUENCE, "batch-rate-0.5-seed2", "sequence-equal-time-seed2"]
 
 
 def test_adapters_come_after_what_they_are_on_top_of(harness):

@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Tuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
 import corpora
+import material
 import recipes
 import run as demo
 import scores
@@ -28,12 +29,10 @@ import tables
 from running import Commands
 from speeds import measure
 from steps import DemoError, Step, exit_status, run_step
-from studies import CACHES, SIZES, STUDIES, Cache, Run, Size, adapters, in_equal_time, longer, runs, teachers
+from studies import CACHES, SIZES, STUDIES, Run, Size, adapters, in_equal_time, longer, runs, teachers
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# of the teacher's translations of the training set
-BEAM = 3
 
 
 def main() -> int:
@@ -81,7 +80,6 @@ class Studied:
     def __init__(self, commands: Commands, size: Size, folder: Path) -> None:
         self.commands, self.size, self._folder = commands, size, folder
         self._loading = Lock()
-        self._environment = {"OMP_NUM_THREADS": str(size.threads)}
 
     def students(self, name: str, size: str, seeds: List[int], only: Tuple[str, ...]) -> None:
         """Train what there is no result of, and what that learns from."""
@@ -101,7 +99,7 @@ class Studied:
             of_each = {run.variant: run for run in runs(study._replace(times=1), self.size, [1])}
             one_each = [of_each[name] for name in (*names, study.against[-1])]
             path = self._folder / "speeds.json"
-            found = measure(path, one_each, self._command, self.commands, self._environment)
+            found = measure(path, one_each, self._command, self.commands, self.size.environment)
             left += [run for run in longer(study, self.size, seeds, found) if lacks(run)]
         self._all(left)
         if only == ("",):
@@ -119,9 +117,9 @@ class Studied:
             of = [model for model in taught_by if bool(model.reads) is tuned]
             self._all([Run(model.name, model, getattr(self.size, model.updates)) for model in of])
         if any(run.model.sequence for run in those):
-            demo.announce(self.commands.out, self._sequence())
+            demo.announce(self.commands.out, material.sequence(self.commands, self.size))
         for cache in {name: CACHES[name] for run in those for name in run.model.reads if name in CACHES}.values():
-            demo.announce(self.commands.out, self._cache(cache))
+            demo.announce(self.commands.out, material.cache(self.commands, self.size, cache))
 
     def _kept(self, name: str) -> Path:
         return self._folder / f"{name}.json"
@@ -155,38 +153,7 @@ class Studied:
         return time.monotonic() - started if run_step(self.commands.out, step) else 0
 
     def _run(self, run: Run, folder: Path) -> None:
-        self.commands.run(run.model.name, self._command(run, folder.name), environment=self._environment)
-
-    def _sequence(self) -> Step:
-        """The teacher's translations of the training set."""
-        device = (*self.size.device, "--processes", str(self.size.at_once))
-        command = recipes.translate_training_set(recipes.SEQUENCE, BEAM, device)
-        total = sum(1 for _ in (self.commands.out / "pieces" / "train.src").open(encoding="utf-8"))
-
-        def work(folder: Path) -> None:
-            self.commands.run(
-                recipes.SEQUENCE,
-                recipes.translate_training_set(folder.name, BEAM, device),
-                total,
-                recipes.sentence_of,
-                recipes.TRANSLATION_ENVIRONMENT,
-            )
-
-        return Step(recipes.SEQUENCE, {"command": command}, work, (recipes.DATA, recipes.TEACHER), resumes=True)
-
-    def _cache(self, cache: Cache) -> Step:
-        def command(folder: str) -> List[str]:
-            return [
-                *("python", "-m", "kd_ext.teacher_cache", recipes.DATA, *self.size.device, "--max-tokens", "4000"),
-                *("--teacher-checkpoint-path", f"{cache.teacher}/{recipes.CHECKPOINT}"),
-                *("--teacher-cache-dir", f"{folder}/cache", "--teacher-cache-top-k", str(cache.words)),
-                *("--processes", str(self.size.at_once)),
-            ]
-
-        def work(folder: Path) -> None:
-            self.commands.run(cache.name, command(folder.name), environment=self._environment)
-
-        return Step(cache.name, {"command": command(cache.name)}, work, (recipes.DATA, cache.teacher), resumes=True)
+        self.commands.run(run.model.name, self._command(run, folder.name), environment=self.size.environment)
 
     def _decoding(self, those: List[Run]) -> None:
         """How fast each translates, by turns."""
@@ -210,7 +177,7 @@ class Studied:
         name = f"{model.name}-translated"
         log = self.commands.log(name)
         log.unlink(missing_ok=True)
-        self.commands.run(name, recipes.generate(model, self.size.device), environment=self._environment)
+        self.commands.run(name, recipes.generate(model, self.size.device), environment=self.size.environment)
         translations = scores.hypotheses(log.read_text(encoding="utf-8"))
         checkpoint = out / model.name / recipes.CHECKPOINT
         result: Dict[str, Any] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Dict, Iterable, List, NamedTuple, Tuple
+from types import MappingProxyType
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Tuple
 
 import recipes
 from corpora import CORPORA
@@ -37,6 +38,11 @@ class Size(NamedTuple):
     tuning_updates: int
     at_once: int
     threads: int
+
+    @property
+    def environment(self) -> Dict[str, str]:
+        """Of every training."""
+        return {"OMP_NUM_THREADS": str(self.threads)}
 
 
 SIZES = {
@@ -75,6 +81,7 @@ class Study(NamedTuple):
         equal_time: of those, these are trained again, for as long as the last of `against` takes
         times: as many updates as the size says for its corpus
         adapted: the one that gets an adapter for each language on top
+        without: where each variant is compared with one of its own: that, by the variant's name
         plot: what the plot has on its axes: ``scores`` by variant, or ``size`` against score
     """
 
@@ -85,6 +92,7 @@ class Study(NamedTuple):
     equal_time: Tuple[str, ...] = ()
     times: int = 1
     adapted: str = ""
+    without: Mapping[str, str] = MappingProxyType({})
     plot: str = "scores"
 
     @property
@@ -255,6 +263,10 @@ def _studies(size: Size) -> Dict[str, Study]:
             },
             (),
             adapted=f"{base}, distilled",
+            without={
+                **{f"{name}, distilled": f"{name}, alone" for name in shapes},
+                f"{base}, distilled{ADAPTERS}": f"{base}, distilled",
+            },
             plot="size",
         ),
         "ablations": Study(

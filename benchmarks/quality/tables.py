@@ -48,7 +48,8 @@ def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
     head = ["student", "seeds", "updates", *(["parameters", "MB"] if of_size else []), "BLEU", "chrF"]
     speeds = _speeds(folder) if of_size else {}
     head += [f"chrF, {name} ({size})" for name, size in groups.items()]
-    head += ["sentences/s"] if of_size else [f"over {name}" for name in study.against]
+    head += [f"over {name}" for name in study.against] + ["gain"] * bool(study.without)
+    head += ["sentences/s"] if of_size else []
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [row.name, str(len(row.runs)), str(row.runs[0]["updates"] or "")]
@@ -57,11 +58,11 @@ def write(study: Study, folder: Path, corpus: Path, path: Path) -> None:
             cells += [f"{parameters:,}", f"{parameters * plots.MEGABYTES:.1f}"]
         cells += [_spread(row.values(metric)) for metric in ("bleu", "chrf")]
         cells += [_spread([_pooled(run, references, name) for run in row.runs]) for name in groups]
+        bases = [study.label(name) if row.name not in study.teachers else "" for name in study.against]
+        bases += [study.without.get(row.name, "")] * bool(study.without)
+        cells += [_compare(row, _find(rows, base), texts) for base in bases]
         if of_size:
             cells.append(f"{speeds[row.name]:.0f}" if row.name in speeds else "")
-        else:
-            bases = [_find(rows, study.label(name)) for name in study.against]
-            cells += [_compare(row, base, texts) if row.name not in study.teachers else "" for base in bases]
         lines.append(cells)
     text = [study.question, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
     text += [f"{metric}: `{signature}`" for metric, signature in rows[0].runs[0]["signatures"].items()]
