@@ -190,12 +190,18 @@ def test_a_speed_that_is_measured_later_stands_beside_the_others(tmp_path):
     assert measured("cached", "word")["cached"] == 7.0
 
 
-@pytest.fixture
-def harness(tmp_path, monkeypatch):
-    """The names of what is trained, in order, with a folder of results; and what asks for a study."""
+def command():
+    """The module of the command; the demo has one of its name."""
     spec = importlib.util.spec_from_file_location("quality_run", HERE / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def harness(tmp_path, monkeypatch):
+    """The names of what is trained, in order, with a folder of results; and what asks for a study."""
+    module = command()
     done = []
     monkeypatch.setattr(module.demo, "announce", lambda out, step: done.append(step.name))
     (tmp_path / "pieces").mkdir()
@@ -257,3 +263,56 @@ def test_a_teacher_that_is_tuned_comes_after_what_it_is_tuned_from():
     assert found[0] == "teacher-longer"
     assert "teacher-hi" in found
     assert recipes.TEACHER not in found
+
+
+def test_a_study_from_text_to_table(tmp_path, monkeypatch, capsys):
+    """All but the text, which is made up, and the sizes of the models."""
+    module = command()
+
+    def extract(packages, folder, languages):
+        syllables = [f"{first}{second}" for first in "bdgklmnprstw" for second in "aeiou"]
+        words = ["".join(syllables[i * step % 60] for step in (1, 7, 11)) for i in range(60)]
+        texts = [" ".join(words[i * step % 60] for step in (1, 3, 8)) for i in range(600)]
+        write_pairs(folder / "pairs.tsv", [Pair("de", text, f"{text[::-1]} {i}") for i, text in enumerate(texts)])
+
+    monkeypatch.setattr(module.corpora, "extract", extract)
+    monkeypatch.setattr(module.corpora, "wheels", lambda folder: module.Step("wheels", {}, lambda folder: None))
+    monkeypatch.setattr("pieces.VOCABULARY", 150)
+    monkeypatch.setattr("speeds.UPDATES", 30)
+    monkeypatch.setattr("speeds.ROUNDS", 1)
+    small = studies.SIZES["cpu"]._replace(
+        teacher=(16, 1, 1), student=(8, 2, 1), teacher_updates=5, student_updates={"pair": 20, "languages": 20}
+    )
+    for place, name, value in (
+        (module, "SIZES", small),
+        (module, "STUDIES", studies._studies(small)),
+        (studies, "TEACHERS", studies._teachers(small)),
+    ):
+        monkeypatch.setattr(place, name, {"cpu": value})
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    variants = ["sequence, equal time", "word from a cache of 32, equal time"]
+    arguments = ["run.py", "pair", "--seeds", "1", "--out", str(tmp_path / "out")]
+    out = tmp_path / "out" / "cpu" / "pair"
+
+    def typed(*more):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        status = module.main()
+        assert status == 0, capsys.readouterr().err
+        (out / ".lock").unlink(missing_ok=True)  # held until this process ends
+        return cells(tmp_path / "results" / "cpu" / "pair.md")
+
+    found = typed("--only", *variants)
+    assert list(found) == ["teacher", *variants]
+    kept = tmp_path / "results" / "cpu" / "pair"
+    speeds = json.loads((kept / "speeds.json").read_text())
+    of_word = speeds["word, alpha 0.5"]
+    for name in variants:
+        run = json.loads((kept / f"{studies.named(name, recipes.MODELS[0], 1).name}.json").read_text())
+        updates = 20 * speeds[name[: -len(", equal time")]] / of_word
+        assert found[name]["updates"] == str(run["updates"]) == str(max(round(updates / 10), 1) * 10)
+    test = module.demo.test_pairs(out, None)
+    assert len((kept / "sequence-equal-time-seed1.txt").read_text().splitlines()) == len(test) > 10
+
+    # again: nothing is trained, and the table is the same
+    (out / "teacher" / recipes.CHECKPOINT).unlink()
+    assert typed("--only", *variants) == typed("--report") == found

@@ -349,7 +349,8 @@ def longer(study: Study, size: Size, seeds: Iterable[int], speeds: Dict[str, flo
         for variant in (name for name in study.equal_time if name in speeds):
             name = in_equal_time(study.label(variant))
             updates = size.student_updates[study.corpus] * study.times * speeds[variant] / speeds[study.against[-1]]
-            found.append(Run(name, named(name, study.variants[variant], seed), round(updates / 10) * 10))
+            # of 0 updates fairseq never ends
+            found.append(Run(name, named(name, study.variants[variant], seed), max(round(updates / 10), 1) * 10))
     return found
 
 
