@@ -96,7 +96,10 @@ def test_training_as_typed(data, teacher, tmp_path):
     informing = [[line for line in result.output.splitlines() if "| INFO |" in line] for result in runs]
     assert len(informing[1]) == len(informing[0]) + 1
     others = [Counter(line for line in result.output.splitlines() if "| INFO |" not in line) for result in runs]
-    assert not others[1] - others[0]
+    more = others[1] - others[0]
+    # what torch says of a machine: an early Python 3.13, a build for GPUs where there is none
+    of_machine = re.compile(r"Guards may run slower on Python|No CUDA runtime is found|^ +warnings\.warn\($")
+    assert not [line for line in more if not of_machine.search(line)]
     plain, compiled = (load(tmp_path / name / "checkpoint_last.pt") for name in "ab")
     assert list(plain["model"]) == list(compiled["model"])
     for name, tensor in plain["model"].items():
