@@ -5,6 +5,7 @@ or of Hugging Face transformers.
 """
 
 import argparse
+import math
 import os
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -18,6 +19,7 @@ from kd_ext.exporting.sentences import Sentences, random_sentences, sentences_fo
 from kd_ext.exporting.student import Student, load_student
 from kd_ext.exporting.translators import (
     BEAM,
+    LONGEST,
     CTranslate2Translator,
     FairseqTranslator,
     is_ctranslate2,
@@ -112,8 +114,7 @@ def _export_fairseq(options: argparse.Namespace) -> None:
     refusals.check_upstream(student)
     fairseq_format.check_dictionaries(student, folder)
     plain = as_upstream(student, folder)
-    written = fairseq_format.write_dictionaries(student, folder)
-    fairseq_format.write_checkpoint(student, plain, target)
+    written = fairseq_format.write_files(student, plain, target)
     _report(student, plain.done, [options.output, *written])
     _warn_of_attention(student)
     _print_sizes(student, options.output, sizes.of_model(plain.model))
@@ -131,6 +132,11 @@ def _export_ctranslate2(options: argparse.Namespace) -> None:
     _report(student, [*plain.done, f"weights in {precision}"], [options.output])
     _print_sizes(student, options.output, os.path.getsize(os.path.join(options.output, "model.bin")))
     ours, theirs = FairseqTranslator(student.model, student.task), CTranslate2Translator(options.output)
+    if ours.longest_translation < LONGEST:
+        print(
+            f"it has {ours.longest_translation + 1} positions: give CTranslate2 max_decoding_length="
+            f"{ours.longest_translation} or less"
+        )
     sentences = _sentences(student, min(ours.longest, theirs.longest))
     print(_compared(ours, theirs, sentences))
 
@@ -215,6 +221,11 @@ def _open(path: str, options: argparse.Namespace) -> Tuple[Any, Optional[Student
 
 def _compared(ours: Any, theirs: Any, sentences: Sentences) -> str:
     found = compare(ours, theirs, sentences.tokens, "translating with both")
+    if math.isnan(found.score):
+        raise ConfigError(
+            "the models cannot be compared: a log-probability is not a number; weights are damaged, or too large for "
+            "the precision that they are stored in"
+        )
     return f"{found} ({len(sentences.tokens)} sentences {sentences.origin}, beam {BEAM})"
 
 

@@ -1,7 +1,9 @@
 """python -m kd_ext.export, as typed: fairseq's own commands read what it writes; every wrong argument is one line."""
 
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,6 +12,11 @@ import pytest
 import torch
 from commands import ENVIRONMENT, PLUGIN, run, run_as_typed
 from conftest import load, with_adapters
+
+from kd_ext.errors import ConfigError
+from kd_ext.export import main
+from kd_ext.exporting import fairseq_format
+from kd_ext.exporting.comparison import compare
 
 KINDS = ["compact", "untied", "adapted"]
 
@@ -153,6 +160,98 @@ def test_other_dictionaries_are_told_by_their_fingerprint(exportable, data, tmp_
     assert "is not the one that it was trained with" in result.last_line
 
 
+def without_languages(path, output, recorded, data):
+    """A checkpoint whose settings name no languages, as of a run without -s and -t."""
+    state = load(path)
+    state["cfg"]["task"].update(source_lang=None, target_lang=None, data=str(data))
+    state["extra_state"].pop("trained_with", None)
+    if recorded:
+        state["extra_state"]["trained_with"] = {"languages": recorded}
+    torch.save(state, output)
+    return output
+
+
+@pytest.mark.parametrize("recorded", [None, "src-tgt", "a-b-c"])
+def test_dictionaries_beside_the_checkpoint_come_first(recorded, exportable, data, tmp_path, export):
+    """Whoever says the languages: here the data does, or the checkpoint alone."""
+    old, beside = tmp_path / "old", tmp_path / "with:colon"
+    for folder in (old, beside):
+        folder.mkdir()
+    words = (data / "dict.src.txt").read_text().splitlines()
+    for name in ("dict.src.txt", "dict.tgt.txt"):
+        shutil.copy(data / name, beside)
+        (old / name).write_text("\n".join(reversed(words)) + "\n")
+    if recorded != "src-tgt":
+        (old / "train.src-tgt.src.idx").write_text("")
+    path = without_languages(exportable["compact"], beside / "model.pt", recorded, old)
+    (tmp_path / "out").mkdir()
+    result = export(path, tmp_path / "out" / "model.pt", "--format", "fairseq")
+    assert result.returncode == 0, result.output
+    assert f"dictionaries of {beside}\n" in result.output
+    assert (tmp_path / "out" / "dict.src.txt").read_bytes() == (data / "dict.src.txt").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"w1 one\n", b"w1 1\nw1 2\n", b"\xff\xfe 1\n"])
+def test_a_damaged_dictionary_is_one_line(content, exportable, data, tmp_path, export):
+    """Beside the checkpoint, and where one is to be written."""
+    path = tmp_path / "model.pt"
+    shutil.copy(exportable["compact"], path)
+    (tmp_path / "dict.src.txt").write_bytes(content)
+    shutil.copy(data / "dict.tgt.txt", tmp_path)
+    languages = ["-s", "src", "-t", "tgt"]
+    result = export(path, tmp_path / "out.pt", "--format", "fairseq", *languages)
+    assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/dict.src.txt: damaged, or not a dictionary")
+    result = export(exportable["compact"], tmp_path / "out.pt", "--format", "fairseq", "--data", data)
+    assert "is there, and not the dictionary of" in result.last_line
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_what_cannot_be_written_leaves_no_dictionaries(exportable, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise ConfigError("no space left")
+
+    monkeypatch.setattr(fairseq_format, "write_checkpoint", full)
+    with pytest.raises(ConfigError, match="no space left"):
+        main([str(exportable["compact"]), str(tmp_path / "out.pt"), "--format", "fairseq"])
+    assert os.listdir(tmp_path) == []
+
+
+class Says:
+    """A translator whose words are always likely by so much."""
+
+    longest_translation = 9
+
+    def __init__(self, score):
+        self._score = score
+
+    def translate(self, sentences, longest):
+        return [["w1"] for _ in sentences]
+
+    def score(self, sentences, translations):
+        return [[self._score] * 2 for _ in translations]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "expected"), [(-1.0, -1.5, 0.5), (math.nan, -1.0, math.nan),
+                                                          (-1.0, math.nan, math.nan), (-math.inf, -math.inf, 0.0),
+                                                          (-1.0, -math.inf, math.inf)])  # fmt: skip
+def test_scores_that_are_no_numbers_do_not_agree(ours, theirs, expected):
+    found = compare(Says(ours), Says(theirs), [["w2"]] * 70, "").score
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_training_that_diverged_is_not_exported(value, exportable, tmp_path, export):
+    state = load(exportable["untied"])
+    state["model"]["decoder.layernorm_embedding.bias"][0] = value
+    path = tmp_path / "diverged.pt"
+    torch.save(state, path)
+    for arguments in (["--check", path, path], [path, tmp_path / "out.pt", "--format", "fairseq"]):
+        result = export(*arguments)
+        assert result.returncode == 1
+        assert f"{path}: its decoder.layernorm_embedding.bias has values that are not finite" in result.last_line
+    assert os.listdir(tmp_path) == ["diverged.pt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -169,7 +268,7 @@ def test_other_dictionaries_are_told_by_their_fingerprint(exportable, data, tmp_
         (["--check", "a.pt", "b.pt", "--format", "fairseq"], "--format fairseq: not with --check"),
         (["--check", "a.pt", "nowhere.pt"], "a.pt: no such file"),
         (["STUDENT", "b.pt", "--format", "fairseq", "--data", "nowhere"], "--data nowhere: no such folder"),
-        (["STUDENT", "b.pt", "--format", "fairseq", "--data", "."], "--data .: no dict.SRC.txt"),
+        (["STUDENT", "b.pt", "--format", "fairseq", "--data", "."], "--data .: no dict.src.txt"),
         (["STUDENT", "b.pt", "--format", "fairseq", "--activate-encoder-adapter", "hi"], "has no adapters"),
         (["STUDENT", ".", "--format", "fairseq"], "no regular file"),
     ],

@@ -114,6 +114,43 @@ def test_an_older_folder_is_replaced_and_no_other(exportable, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "shared_vocabulary.json"])
+def test_a_name_that_anyone_uses_is_not_replaced(name, exportable, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match=f"with {name} in it"):
+        main([str(exportable["compact"]), str(tmp_path / "out"), "--format", "ctranslate2"])
+    assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
+
+
+def test_a_model_with_few_positions(exportable, tmp_path, capsys):
+    """As many words as fairseq-generate gives, and no more than there are positions."""
+    path = few_positions(exportable["compact"], tmp_path / "short.pt")
+    main([str(path), str(tmp_path / "out"), "--format", "ctranslate2", "--data", str(folder_of(exportable))])
+    lines = capsys.readouterr().out.splitlines()
+    assert "it has 7 positions: give CTranslate2 max_decoding_length=6 or less" in lines
+    differing, translated, endless = re.match(
+        r"(\d+) of (\d+) translations differ \((\d+) reach 6 words in both", lines[-1]
+    ).groups()
+    assert differing == "0"
+    assert int(translated) + int(endless) == 20
+    assert 0 < int(endless) < 20
+    with pytest.raises(ConfigError, match="cannot translate with up to 200 words"):
+        main(["--check", str(tmp_path / "out"), str(tmp_path / "out")])
+
+
+def few_positions(path, output):
+    """A checkpoint of a student with 7 positions for what it says."""
+    state = load(path)
+    state["cfg"]["task"]["max_target_positions"] = state["cfg"]["model"].max_target_positions = 7
+    torch.save(state, output)
+    return output
+
+
+def folder_of(exportable):
+    return load(exportable["compact"])["cfg"]["task"]["data"]
+
+
 def test_models_of_other_words_are_not_compared(exportable, tmp_path, capsys):
     run_here(capsys, exportable["compact"], tmp_path / "out", "--format", "ctranslate2")
     path = tmp_path / "out" / "shared_vocabulary.json"

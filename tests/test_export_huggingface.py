@@ -209,8 +209,30 @@ def test_only_an_older_folder_is_replaced(exportable, data, tmp_path, monkeypatc
     assert (out / "mine.txt").read_text() == "kept"
     assert (others / "dict.src.txt").read_text() == "kept 1\n"
     (out / "mine.txt").unlink()
+    # as the library saves a model that was tuned, here in this very folder
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
+    with pytest.raises(ConfigError, match=r"with config.json in it"):
+        main([str(exportable["compact"]), str(out), "--format", "huggingface"])
+    (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"transformers is not installed.*pip install transformers"):
         main(["--check", str(out), str(exportable["compact"])])
+
+
+def test_a_folder_that_the_library_saved_is_not_replaced(exportable, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [PRE_NORM]}))
+    (tmp_path / "model.safetensors").write_bytes(b"kept")
+    with pytest.raises(ConfigError, match=r"with config.json in it"):
+        main([str(exportable["compact"]), str(tmp_path), "--format", "huggingface"])
+    assert (tmp_path / "model.safetensors").read_bytes() == b"kept"
+
+
+def test_as_many_words_as_there_are_positions(tmp_path):
+    given = student(tmp_path, settings(max_target_positions=30))
+    write_folder(given, str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_length"] == 29 + 2
+    write_folder(student(tmp_path, settings()), str(tmp_path / "more"))
+    assert json.loads((tmp_path / "more" / "generation_config.json").read_text())["max_length"] == 200 + 2
 
 
 def test_a_disk_that_fills_up_leaves_nothing(exportable, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from kd_ext.exporting import folders, seven_bits
 from kd_ext.exporting.fairseq_format import write_checkpoint, write_dictionaries
 from kd_ext.exporting.plain import Plain, as_upstream
 from kd_ext.exporting.student import Student
-from kd_ext.exporting.translators import require_ctranslate2
+from kd_ext.exporting.translators import is_ctranslate2, require_ctranslate2
 from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 
 # what CTranslate2 can store weights in; on a machine that lacks a kind it takes another when it loads them
@@ -28,7 +28,8 @@ def check_folder(path: str) -> None:
     Raises:
         ConfigError: something else is there
     """
-    folders.check_folder(path, _FILES.__contains__, "CTranslate2")
+    ours = is_ctranslate2(path)  # its other files have names that anyone's may have
+    folders.check_folder(path, lambda name: ours and name in _FILES, "CTranslate2")
 
 
 def write_folder(student: Student, path: str, quantization: str, int8_bits: int) -> Plain:

@@ -10,6 +10,7 @@ from fairseq.data import Dictionary
 from kd_ext.errors import ConfigError
 from kd_ext.exporting.plain import Plain
 from kd_ext.exporting.student import Student
+from kd_ext.files.dictionaries import load_dictionary
 from kd_ext.files.reading import explained
 from kd_ext.files.safe_loading import load
 from kd_ext.files.writing import PART, written_whole
@@ -44,10 +45,33 @@ def check_dictionaries(student: Student, folder: str) -> None:
         ConfigError: one does
     """
     for path, words in dictionary_paths(student, folder).items():
-        if os.path.lexists(path) and (not os.path.isfile(path) or Dictionary.load(path).symbols != words.symbols):
+        if os.path.lexists(path) and not _is_dictionary(path, words):
             raise ConfigError(
                 f"{path}: is there, and not the dictionary of {student.path}; write to a folder without one"
             )
+
+
+def _is_dictionary(path: str, words: Dictionary) -> bool:
+    try:
+        return load_dictionary(path).symbols == words.symbols
+    except ConfigError:
+        return False
+
+
+def write_files(student: Student, plain: Plain, path: str) -> List[str]:
+    """Write a checkpoint and the dictionaries beside it, all or none; the paths of the dictionaries.
+
+    Raises:
+        ConfigError: they cannot be written
+    """
+    written = write_dictionaries(student, os.path.dirname(path))
+    try:
+        write_checkpoint(student, plain, path)
+    except BaseException:
+        for dictionary in written:
+            os.remove(dictionary)
+        raise
+    return written
 
 
 def write_dictionaries(student: Student, folder: str) -> List[str]:

@@ -18,7 +18,7 @@ from kd_ext.exporting.fairseq_format import write_dictionaries
 from kd_ext.exporting.plain import Plain, as_upstream
 from kd_ext.exporting.refusals import HUGGINGFACE_ACTIVATIONS
 from kd_ext.exporting.student import Student
-from kd_ext.exporting.translators import BEAM, LONGEST
+from kd_ext.exporting.translators import BEAM, longest_translation
 from kd_ext.files.writing import written_whole
 from kd_ext.models.extension_flags import SIDES
 
@@ -44,12 +44,24 @@ def class_for(student: Student) -> str:
 
 def is_huggingface(path: str) -> bool:
     """Whether a folder is one that this command wrote, or could have."""
+    return _config_in(path).get("architectures") in ([POST_NORM], [PRE_NORM])
+
+
+def _config_in(path: str) -> Dict[str, Any]:
     try:
         with open(os.path.join(path, CONFIG), encoding="utf-8") as file:
             config = json.load(file)
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("architectures") in ([POST_NORM], [PRE_NORM])
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _is_as_written(path: str) -> bool:
+    """Whether a folder is as this command left it: not one that the library saved, of whoever's fine-tuned model."""
+    config = _config_in(path)
+    names = [f"dict.{language}.txt" for language in config.get("langs") or [""]]
+    there = all(os.path.isfile(os.path.join(path, name)) for name in names)
+    return is_huggingface(path) and "transformers_version" not in config and there
 
 
 def check_folder(path: str) -> None:
@@ -58,7 +70,7 @@ def check_folder(path: str) -> None:
     Raises:
         ConfigError: something else is there
     """
-    ours = is_huggingface(path)  # dictionaries alone may be anyone's
+    ours = _is_as_written(path)
     folders.check_folder(path, lambda name: ours and _FILE.fullmatch(name) is not None, "this command")
 
 
@@ -75,7 +87,7 @@ def write_folder(student: Student, path: str) -> Plain:
         os.mkdir(part)
         write_dictionaries(student, part)
         _write_json(os.path.join(part, CONFIG), config_of(student, plain.weights, tied))
-        _write_json(os.path.join(part, _GENERATION), GENERATION)
+        _write_json(os.path.join(part, _GENERATION), generation_of(student))
         _write_weights(part, weights)
     return plain
 
@@ -153,18 +165,25 @@ def config_of(student: Student, weights: Dict[str, Tensor], tied: bool) -> Dict[
 
 # fairseq's dictionaries begin with <s>, <pad>, </s>, <unk>; its decoders begin with the end
 _SYMBOLS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-# Translate as fairseq-generate does when told nothing: it forces the end behind 200 words, forbids padding and nothing
-# at all, and stops as soon as a beam is full of ended translations. The first token counts as one of max_length's.
-GENERATION = {
-    **_SYMBOLS,
-    "num_beams": BEAM,
-    "early_stopping": True,
-    "length_penalty": 1.0,
-    "max_length": LONGEST + 2,
-    "min_new_tokens": 1,
-    "forced_eos_token_id": 2,
-    "suppress_tokens": [1],
-}
+OTHERS = 2  # tokens of ``max_length`` that are no words: the first, and the end
+
+
+def generation_of(student: Student) -> Dict[str, Any]:
+    """What ``generation_config.json`` says: to translate as ``fairseq-generate`` does when told nothing.
+
+    It forces the end behind 200 words, or where there are no more positions, forbids padding and nothing at all, and
+    stops as soon as a beam is full of ended translations.
+    """
+    return {
+        **_SYMBOLS,
+        "num_beams": BEAM,
+        "early_stopping": True,
+        "length_penalty": 1.0,
+        "max_length": longest_translation(student.model) + OTHERS,
+        "min_new_tokens": 1,
+        "forced_eos_token_id": 2,
+        "suppress_tokens": [1],
+    }
 
 
 def _write_json(path: str, values: Dict[str, Any]) -> None:

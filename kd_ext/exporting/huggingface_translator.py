@@ -10,7 +10,7 @@ import torch
 from fairseq.data import Dictionary, data_utils
 
 from kd_ext.errors import ConfigError
-from kd_ext.exporting.huggingface_format import CONFIG, POST_NORM, PRE_NORM
+from kd_ext.exporting.huggingface_format import CONFIG, OTHERS, POST_NORM, PRE_NORM
 from kd_ext.exporting.translators import Tokens, batches
 
 INSTALL = "pip install transformers"
@@ -79,14 +79,17 @@ class HuggingFaceTranslator:
             raise ConfigError(f"{folder}: transformers {transformers.__version__} cannot read it ({said})") from error
         self.vocabularies = (self._source.symbols, self._target.symbols)
         self.longest = config["max_position_embeddings"]
+        self.longest_translation = self._model.generation_config.max_length - OTHERS
 
     @torch.no_grad()
-    def translate(self, sentences: Sequence[Tokens]) -> List[Tokens]:
-        """The best of a beam, with the folder's own settings; it may say nothing, as the others may."""
+    def translate(self, sentences: Sequence[Tokens], longest: int) -> List[Tokens]:
+        """The best of a beam, with the folder's own settings, of so many words at most; it may say nothing, as the
+        others may."""
+        length = {"min_new_tokens": 0, "max_length": longest + OTHERS}
         found: List[Tokens] = []
         special = (self._target.bos(), self._target.pad(), self._target.eos())
         for batch in batches(sentences):
-            ids = self._model.generate(**self._source_batch(batch), min_new_tokens=0)
+            ids = self._model.generate(**self._source_batch(batch), **length)
             found += [[self._target[i] for i in row if i not in special] for row in ids.tolist()]
         return found
 

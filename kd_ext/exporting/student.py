@@ -1,11 +1,12 @@
 """A checkpoint as a model in evaluation mode, with its dictionaries and its settings."""
 
+import itertools
 import os
 from argparse import Namespace
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq import checkpoint_utils, utils
-from fairseq.data import data_utils
+from fairseq.data.data_utils import infer_language_pair
 from fairseq.models.transformer import TransformerModel
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
@@ -13,6 +14,7 @@ from torch import nn
 
 from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
+from kd_ext.files.dictionaries import load_dictionary
 from kd_ext.models.extension_flags import Extensions, activation_key, read_extensions
 from kd_ext.models.transformer_ext import TransformerExtModel, transformer_ext
 from kd_ext.upstream.foreign_settings import UNREGISTERED_TASK
@@ -59,7 +61,8 @@ def load_student(
         may_lack_adapters: leave a side without adapters as it is, whatever is asked for
 
     Raises:
-        ConfigError: it cannot be read, is of another class, its dictionaries are not found or are others
+        ConfigError: it cannot be read, is of another class, has values that are no numbers, or its dictionaries are not
+            found or are others
     """
     if not os.path.exists(path):
         raise ConfigError(f"{path}: no such file; name a checkpoint that fairseq-train wrote")
@@ -74,8 +77,9 @@ def load_student(
     if overrides:
         state = checkpoint_utils.load_checkpoint_to_cpu(path, overrides)
     _check_task(path, state.get(UNREGISTERED_TASK, cfg.task._name))
-    task = _task(path, cfg.task, data, languages)
-    _check_recorded(path, task, trained_with.recorded(state))
+    recorded = trained_with.recorded(state)
+    task = _task(path, cfg.task, data, languages, recorded)
+    _check_recorded(path, task, recorded)
     history = state.get("optimizer_history") or [{}]
     updates = history[-1].get("num_updates", 0)
     (model,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task([path], overrides, task, state=state)
@@ -84,10 +88,18 @@ def load_student(
             f"{path}: its model is a {type(model).__name__}; what can be exported are transformer_ext, with whichever "
             "of this project's features, and upstream's transformer"
         )
+    _check_finite(path, model)
     settings = _filled(cfg.model)
-    return Student(
-        path, model.eval(), settings, read_extensions(settings), task, updates, utils.split_paths(task.cfg.data)[0]
-    )
+    return Student(path, model.eval(), settings, read_extensions(settings), task, updates, task.cfg.data)
+
+
+def _check_finite(path: str, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ConfigError(
+                f"{path}: its {name} has values that are not finite numbers: its training diverged; name an earlier "
+                "checkpoint"
+            )
 
 
 def _check_task(path: str, name: str) -> None:
@@ -98,40 +110,50 @@ def _check_task(path: str, name: str) -> None:
         )
 
 
-def _task(path: str, saved: Any, data: Optional[str], languages: Tuple[Optional[str], Optional[str]]) -> Any:
+def _task(
+    path: str, saved: Any, data: Optional[str], languages: Tuple[Optional[str], ...], recorded: Dict[str, str]
+) -> TranslationTask:
     """Upstream's own task, with a student's dictionaries."""
     if data is not None and not os.path.isdir(data):
         raise ConfigError(f"--data {data}: no such folder; name the one with the dictionaries of {path}")
     beside = os.path.dirname(os.path.abspath(path))
     folders = [data] if data is not None else [beside, utils.split_paths(saved.data or "")[0]]
-    saved_languages = (saved.get("source_lang"), saved.get("target_lang"))
-    unnamed = False
-    for folder in filter(os.path.isdir, folders):
-        found = [asked or recorded for asked, recorded in zip(languages, saved_languages)]
-        if None in found:
-            inferred = data_utils.infer_language_pair(folder)
-            found = [given or other for given, other in zip(found, inferred)]
-        if None in found:
-            unnamed = unnamed or any(name.startswith("dict.") for name in os.listdir(folder))
-        elif all(os.path.isfile(os.path.join(folder, f"dict.{language}.txt")) for language in found):
+    there = list(filter(os.path.isdir, folders))
+    pairs = _languages(saved, languages, recorded, there)
+    for folder, pair in itertools.product(there, pairs):
+        paths = [os.path.join(folder, f"dict.{language}.txt") for language in pair]
+        if all(map(os.path.isfile, paths)):
             cfg = OmegaConf.structured(TranslationConfig)
             for key in ("left_pad_source", "left_pad_target", "truncate_source"):
                 cfg[key] = saved.get(key, cfg[key])
             for key in ("max_source_positions", "max_target_positions"):
                 cfg[key] = saved.get(key) or cfg[key]
-            cfg.data, (cfg.source_lang, cfg.target_lang) = folder, found
-            return TranslationTask.setup_task(cfg)
+            cfg.data, (cfg.source_lang, cfg.target_lang) = folder, pair
+            # not by its setup, to which a colon in the folder's name parts two folders
+            return TranslationTask(cfg, *map(load_dictionary, paths))
     where = " or ".join(filter(None, folders))
-    if unnamed:
+    if not pairs and any(name.startswith("dict.") for folder in there for name in os.listdir(folder)):
         raise ConfigError(
             f"--source-lang, --target-lang are missing: neither {path} nor the data in {where} says which languages "
             "its dictionaries are of"
         )
-    names = " and ".join(f"dict.{a or b or kind}.txt" for a, b, kind in zip(languages, saved_languages, ("SRC", "TGT")))
+    names = " and ".join(f"dict.{language}.txt" for language in (pairs or [("SRC", "TGT")])[0])
     raise ConfigError(
         f"{'--data ' + data if data else path}: no {names} in {where}; name the folder of the dictionaries that it was "
         "trained with by --data"
     )
+
+
+def _languages(
+    saved: Any, asked: Tuple[Optional[str], ...], recorded: Dict[str, str], folders: Sequence[str]
+) -> List[List[str]]:
+    """Source and target, the likeliest first: what is asked for or a setting counts, else what the run with the plugin
+    recorded, or what data in a folder is called."""
+    given = [name or setting for name, setting in zip(asked, (saved.get("source_lang"), saved.get("target_lang")))]
+    known = recorded.get(trained_with.LANGUAGES, "").split("-")
+    others = [known] if len(known) == 2 else []
+    pairs = [[a or b for a, b in zip(given, other)] for other in [*others, *map(infer_language_pair, folders)]]
+    return [pair for pair in [given, *pairs] if None not in pair]
 
 
 def _check_recorded(path: str, task: Any, recorded: Dict[str, str]) -> None:

@@ -14,11 +14,16 @@ from kd_ext.errors import ConfigError
 Tokens = List[str]
 
 BEAM, BATCH = 5, 32
-LONGEST = 200  # words of a translation: fairseq's default, where CTranslate2's is 256
+LONGEST = 200  # words of a translation: fairseq's default, where CTranslate2's is 256; a model may have fewer positions
 # Both may say nothing: to forbid it CTranslate2 takes the end out before the softmax and fairseq after it, by which
 # their scores differ.
 _SHORTEST = 0
 INSTALL = "pip install 'fairseq-kd-ext[export]', or pip install ctranslate2"
+
+
+def longest_translation(model: nn.Module) -> int:
+    """Of how many words a model's translation is at most; its end takes a position, too."""
+    return min(LONGEST, model.max_positions()[1] - 1)
 
 
 class FairseqTranslator:
@@ -34,15 +39,15 @@ class FairseqTranslator:
         self._source, self._target = task.source_dictionary, task.target_dictionary
         self.vocabularies = (self._source.symbols, self._target.symbols)
         self._left_pad = task.cfg.left_pad_source
-        self.longest = model.max_positions()[0]
-        self._generator = SequenceGenerator([model], self._target, beam_size=BEAM, max_len_b=LONGEST, min_len=_SHORTEST)
+        self.longest, self.longest_translation = model.max_positions()[0], longest_translation(model)
 
     @torch.no_grad()
-    def translate(self, sentences: Sequence[Tokens]) -> List[Tokens]:
-        """The best of a beam of five, as ``fairseq-generate`` has it."""
+    def translate(self, sentences: Sequence[Tokens], longest: int) -> List[Tokens]:
+        """The best of a beam of five, as ``fairseq-generate`` has it, of so many words at most."""
+        generator = SequenceGenerator([self._model], self._target, beam_size=BEAM, max_len_b=longest, min_len=_SHORTEST)
         found: List[Tokens] = []
         for batch in batches(sentences):
-            hypotheses = self._generator.generate([self._model], {"net_input": self._source_batch(batch)})
+            hypotheses = generator.generate([self._model], {"net_input": self._source_batch(batch)})
             for best, *_ in hypotheses:
                 found.append([self._target[i] for i in best["tokens"].tolist() if i != self._target.eos()])
         return found
@@ -79,23 +84,36 @@ class CTranslate2Translator:
     """
 
     longest = 1024  # of a source, beyond which CTranslate2 cuts off
+    longest_translation = LONGEST  # its files do not say how many positions there are
 
     def __init__(self, folder: str) -> None:
         try:
             self._translator = require_ctranslate2().Translator(folder, intra_threads=torch.get_num_threads())
         except RuntimeError as error:
             raise ConfigError(f"{folder}: CTranslate2 cannot read it ({' '.join(str(error).split())[:300]})") from error
+        self._folder = folder
         self.vocabularies = (_vocabulary(folder, "source"), _vocabulary(folder, "target"))
 
-    def translate(self, sentences: Sequence[Tokens]) -> List[Tokens]:
-        """The best of a beam of five."""
-        results = self._translator.translate_batch(
-            list(sentences),
-            beam_size=BEAM,
-            max_batch_size=BATCH,
-            max_decoding_length=LONGEST,
-            min_decoding_length=_SHORTEST,
-        )
+    def translate(self, sentences: Sequence[Tokens], longest: int) -> List[Tokens]:
+        """The best of a beam of five, of so many words at most.
+
+        Raises:
+            ConfigError: CTranslate2 cannot, as where the model has fewer positions
+        """
+        try:
+            results = self._translator.translate_batch(
+                list(sentences),
+                beam_size=BEAM,
+                max_batch_size=BATCH,
+                max_decoding_length=longest,
+                min_decoding_length=_SHORTEST,
+            )
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self._folder}: CTranslate2 cannot translate with up to {longest} words ({said}); compare it with "
+                "its checkpoint, which says how long translations can be"
+            ) from error
         return [result.hypotheses[0] for result in results]
 
     def score(self, sentences: Sequence[Tokens], translations: Sequence[Tokens]) -> List[List[float]]:
