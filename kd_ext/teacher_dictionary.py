@@ -50,8 +50,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 def read_dictionaries(source: Source, source_lang: Optional[str], target_lang: Optional[str]) -> Sequence[Any]:
     """Those of source and target, as the teacher's task makes them."""
-    if source.user_dir is not None:
-        import_user_dir(source.user_dir)
+    import_user_dir(source.user_dir)
     settings = source.settings()
     state = reading.read(source.path, settings)
     run = SimpleNamespace(cfg=Namespace(source_lang=source_lang, target_lang=target_lang))
