@@ -109,7 +109,8 @@ def _translate(
     done: Set[int],
     sentences: int,
 ) -> None:
-    with tqdm(total=len(work.dataset), unit="sentence", desc=files.folder, initial=sentences) as bar:
+    shown = {"unit": "sentence", "desc": files.folder, "disable": args.no_progress_bar}
+    with tqdm(total=len(work.dataset), initial=sentences, **shown) as bar:
         own = _write(work, files, 0, args.processes, done)
         work_together(args.processes, own, _help, (arguments, part, done), bar)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import pytest
 import sacrebleu
 import torch
 from commands import ENVIRONMENT, PLUGIN, Forked, run
-from conftest import SIZES, TRAINING
+from conftest import SIZES, TRAINING, load
 from corpus import preprocess
 from fairseq.data import Dictionary, indexed_dataset
 from test_foreign_tasks import base_dictionary, folder, made, sentences  # noqa: F401
 from test_torch_compile import HAS_COMPILER
 
+from kd_ext.errors import ConfigError
+from kd_ext.sequences import flags as command_line
 from kd_ext.sequences.binarized import write_side
 from kd_ext.sequences.choosing import Hypothesis, choose, failure_of, has_loop
 
@@ -389,9 +392,56 @@ def test_flags_that_would_do_nothing(data, teacher, tmp_path):
         ("--num-shards", "2", "--shard-id", "1"): ["--num-shards 2", "--processes"],
         ("--score-reference",): ["--score-reference:"],
         ("--constraints",): ["--constraints"],
+        ("--teacher-checkpoint-path", teacher): [f"--teacher-checkpoint-path {teacher}: ", "flag is --path"],
+        ("--teacher-dtype", "float16"): ["--teacher-dtype float16", "--fp16"],
+        ("--quiet", "--num-workers", "3", "--bpe", "sentencepiece"): ["--bpe sentencepiece --num-workers 3 --quiet:"],
+        ("--num-batch-buckets", "3", "--left-pad-target"): ["--num-batch-buckets 3", "without padding"],
+        ("--closest-by", "bleu"): ["--closest-by bleu", "--choose closest"],
+        ("--max-source-positions", "3"): ["--max-source-positions 3", "--truncate-source"],
+        ("--kd-language-side", "target"): ["--kd-language-side target", "a teacher for each language"],
     }.items():
         message = refused(data, teacher, tmp_path / "out", *flags)
         assert all(part in message for part in parts), message
+
+
+def test_every_flag_is_used_or_refused(monkeypatch):
+    """All that the parser knows, with any other value than its default, each alone."""
+    parsers = []
+    monkeypatch.setattr(command_line, "check_used", lambda given, parser: parsers.append((given, parser)))
+    command_line.parse(["data", "--path", "x", "--destdir", "y"], "")
+    ((given, parser),) = parsers
+    monkeypatch.undo()
+    known = {action.dest for action in parser._actions} - {"help"}
+    assert known >= {*command_line._USED, *command_line._INSTEAD, *command_line._ONLY_WITH}
+    assert not command_line._USED & command_line._INSTEAD.keys()
+    refused = {name for name in known if is_refused(Namespace(**{**vars(given), name: "another"}), parser)}
+    assert refused == (known - command_line._USED) | {*command_line._ONLY_WITH}
+    assert refused >= {"results_path", "print_alignment", "teacher_cache_top_k", "optimizer", "eval_bleu", "log_format"}
+
+
+def is_refused(given, parser):
+    try:
+        command_line.check_used(given, parser)
+    except ConfigError:
+        return True
+    return False
+
+
+def test_averaged_weights(data, teacher, student, tmp_path):
+    """--teacher-ema: the translations of the model that has these weights as its own."""
+    state = load(teacher)
+    state["extra_state"]["ema"] = load(student)["model"]
+    torch.save(state, tmp_path / "both.pt")
+    made_of(data, tmp_path / "both.pt", tmp_path / "averaged", "--teacher-ema")
+    for name, path in (("raw", tmp_path / "both.pt"), ("wanted", student)):
+        made_of(data, path, tmp_path / name)
+    assert both_sides(tmp_path / "averaged") == both_sides(tmp_path / "wanted") != both_sides(tmp_path / "raw")
+    assert "--teacher-ema" in refused(data, teacher, tmp_path / "none", "--teacher-ema")
+
+
+def test_truncated_sources(data, teacher, tmp_path):
+    made_of(data, teacher, tmp_path / "out", "--truncate-source", "--max-source-positions", "4")
+    assert both_sides(tmp_path / "out")[0] == [" ".join(source.split()[:3]) for source in both_sides(data)[0]]
 
 
 def test_a_flag_that_decoding_refuses(data, teacher, tmp_path):
@@ -399,18 +449,6 @@ def test_a_flag_that_decoding_refuses(data, teacher, tmp_path):
     message = refused(data, teacher, tmp_path / "out", "--diverse-beam-groups", "3")
     assert "--beam" in message
     assert not (tmp_path / "out.part").exists()
-
-
-def test_padding_is_not_written(best, data, teacher, tmp_path):
-    """Flags by which fairseq pads sentences before they are read."""
-    made_of(data, teacher, tmp_path / "out", "--num-batch-buckets", "3", "--left-pad-target")
-    assert contents(tmp_path / "out") == contents(best[0])
-
-
-def test_left_padded_targets_keep_their_heads(data, teacher, tmp_path):
-    made_of(data, teacher, tmp_path / "right", "--prefix-size", "1")
-    made_of(data, teacher, tmp_path / "left", "--prefix-size", "1", "--left-pad-target")
-    assert contents(tmp_path / "left") == contents(tmp_path / "right")
 
 
 def test_a_folder_named_with_a_slash(best, data, teacher, tmp_path):

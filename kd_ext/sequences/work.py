@@ -39,8 +39,6 @@ class Work:
         self.cfg, self.options = cfg, options
         self.folder = utils.split_paths(cfg.task.data)[part]
         cfg.task.train_subset = options.subset  # whose tags are looked at
-        # sentences are read and written without padding, and decoded from what their targets begin with
-        cfg.task.num_batch_buckets, cfg.task.left_pad_target = 0, False
         try:
             self.task = tasks.setup_task(cfg.task)
             self.task.load_dataset(options.subset, epoch=part + 1, combine=True)
@@ -89,9 +87,9 @@ class Work:
 
     def _sources(self) -> List[Source]:
         """Of each teacher what the flags say."""
-        common, user_dir = self.cfg.common_eval, self.options.teacher_user_dir
+        common, options = self.cfg.common_eval, self.options
         paths = [common.path] if self._assignment is None else self._assignment.paths
-        return [Source(path, common.model_overrides, user_dir) for path in paths]
+        return [Source(path, common.model_overrides, options.teacher_user_dir, options.teacher_ema) for path in paths]
 
     def _batches(self, sentences: np.ndarray) -> List[np.ndarray]:
         """All of them, the longest sources first: the slowest batch, and the largest, is the first."""
@@ -123,6 +121,8 @@ class Work:
             "--max-tokens": dataset.max_tokens,
             "--batch-size": dataset.batch_size,
             "--seed": self.cfg.common.seed,
+            "--left-pad-source": self.cfg.task.left_pad_source,
+            "--required-seq-len-multiple": self.cfg.task.required_seq_len_multiple,
             "precision": str(self.dtype),
             **{f"--{key.replace('_', '-')}": getattr(options, key) for key in ("choose", "closest_by", "max_ratio")},
             "--post-process": self.cfg.common_eval.post_process,
