@@ -24,9 +24,6 @@ from kd_ext.sequences.result import Result, check_sets
 from kd_ext.sequences.work import Work
 from kd_ext.sequences.work_files import WorkFiles, take
 
-# the flags of a teacher in training, as this command has them
-_NAMES = {"--teacher-checkpoint-path": "--path", "--teacher-model-overrides": "--model-overrides"}
-
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Make one set for each folder of the data.
@@ -36,16 +33,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        _main(arguments)
-    except ConfigError as error:
-        text = str(error)
-        for of_training, own in _NAMES.items():
-            text = text.replace(of_training, own)
-        raise ConfigError(text) from error
-
-
-def _main(arguments: List[str]) -> None:
     args = parse(arguments, __doc__)
     parts = utils.split_paths(args.data)
     places = _places(args)

@@ -448,7 +448,7 @@ def test_a_pair_that_it_was_not_trained_on(folder, tmp_path, caplog):
     path = tmp_path / "teacher.pt"
     made("m2m", path, folder, lang_pairs="en-hi,en-ta")
     message = refused(path)
-    assert "it translates en-hi, en-ta, and the student hi-en" in message
+    assert "it translates en-hi, en-ta, and is wanted for hi-en" in message
     assert "direction" in message
     load_teacher(Source(str(path)), student_task(base_dictionary(), "hi", "ta"))
     assert "not trained on hi-ta" in caplog.text

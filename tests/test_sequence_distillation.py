@@ -19,6 +19,7 @@ from conftest import SIZES, TRAINING, load
 from corpus import preprocess
 from fairseq.data import Dictionary, indexed_dataset
 from test_foreign_tasks import base_dictionary, folder, made, sentences  # noqa: F401
+from test_teacher import USER_MODULE
 from test_torch_compile import HAS_COMPILER
 
 from kd_ext.errors import ConfigError
@@ -213,6 +214,25 @@ def test_drops_by_a_model_of_the_reverse_direction(data, teacher, n_best, train,
             assert float(row[4]) == pytest.approx(scores[int(row[0])], abs=1e-3)
 
 
+def test_a_model_of_the_reverse_direction_from_a_user_module(data, teacher, tmp_path):
+    """Whatever is wrong with it, --rescore is to blame, or the flag for its settings."""
+    module, path = tmp_path / "somebodys_folder", tmp_path / "reverse.pt"
+    module.mkdir()
+    (module / "__init__.py").write_text(USER_MODULE)
+    state = load(teacher)
+    state["cfg"]["task"].update(source_lang="tgt", target_lang="src")
+    vars(state["cfg"]["model"]).update(arch="somebodys_model", _name="somebodys_model")
+    torch.save(state, path)
+    flags = ["--beam", "1", "--rescore", path, "--drop-worst", "0.5"]
+    message = refused(data, teacher, tmp_path / "out", *flags)
+    assert message.startswith(f"kd_ext: error: --rescore {path}: its architecture 'somebodys_model' is not registered")
+    flags += ["--teacher-user-dir", module]
+    settings = "{'no_such': 1}"
+    message = refused(data, teacher, tmp_path / "out", *flags, "--rescore-model-overrides", settings)
+    assert f"--rescore-model-overrides {settings}: " in message
+    made_of(data, teacher, tmp_path / "out", *flags, "--rescore-model-overrides", f"{{'data': '{data}'}}")
+
+
 def contents(data):
     return {path.name: path.read_bytes() for path in data.iterdir()}
 
@@ -368,7 +388,10 @@ def test_bad_usage(data, teacher, tmp_path):
         ("--drop-worst", "0.1"): ["--drop-worst 0.1", "--rescore"],
         ("--rescore", teacher): ["--rescore", "--drop-worst"],
         ("--drop-worst", "1.5", "--rescore", teacher): ["--drop-worst 1.5"],
-        ("--rescore", teacher, "--drop-worst", "0.5"): [str(teacher), "from src to tgt"],
+        ("--rescore", teacher, "--drop-worst", "0.5"): [f"--rescore {teacher}: ", "from src to tgt", "from tgt to src"],
+        ("--rescore", "no.pt", "--drop-worst", "0.5"): ["--rescore no.pt: no such file"],
+        ("--rescore", tmp_path, "--drop-worst", "0.5"): [f"--rescore {tmp_path}: a folder"],
+        ("--rescore-model-overrides", "{}#"): ["--rescore-model-overrides {}#", "without --rescore"],
         ("--subset", "no"): ["no"],
         ("--beam", "0"): ["--beam 0"],
         ("--prefix-size", "-1"): ["--prefix-size -1"],

@@ -16,7 +16,7 @@ from kd_ext.upstream.command_line import list_alone
 
 TASK = "translation_with_kd"
 _OWN = ("destdir", "subset", "processes", "choose", "closest-by", "with-references", "max-ratio", "min-score")
-_OWN += ("rescore", "drop-worst", "teacher-user-dir", "teacher-ema")
+_OWN += ("rescore", "rescore-model-overrides", "drop-worst", "teacher-user-dir", "teacher-ema")
 _OWN += ("kd-language-tag", "kd-language-tags", "kd-language-side")
 _USED = {  # of fairseq's flags: the data, the teacher, how it runs, batches, decoding
     *("data", "source_lang", "target_lang", "task", "dataset_impl", "left_pad_source", "required_seq_len_multiple"),
@@ -25,8 +25,9 @@ _USED = {  # of fairseq's flags: the data, the teacher, how it runs, batches, de
     *("cpu", "fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16", torch_compile.OPTION, "seed"),
     *("max_tokens", "batch_size", "no_progress_bar"),
     *("beam", "max_len_a", "max_len_b", "min_len", "match_source_len", "unnormalized", "lenpen", "unkpen"),
-    *("temperature", "prefix_size", "no_repeat_ngram_size", "sampling", "sampling_topk", "sampling_topp", "no_beamable_mm"),
-    *("diverse_beam_groups", "diverse_beam_strength", "diversity_rate", "retain_dropout", "retain_dropout_modules"),
+    *("temperature", "prefix_size", "no_repeat_ngram_size", "sampling", "sampling_topk", "sampling_topp"),
+    *("no_beamable_mm", "diverse_beam_groups", "diverse_beam_strength", "diversity_rate"),
+    *("retain_dropout", "retain_dropout_modules"),
     *(name.replace("-", "_") for name in _OWN),
 }
 _INSTEAD = {  # of those that would do nothing here, what to do
@@ -52,6 +53,7 @@ _INSTEAD = {  # of those that would do nothing here, what to do
 }
 _ONLY_WITH: Dict[str, Tuple[Callable[[argparse.Namespace], bool], str]] = {  # whether it does something, and by what
     "closest_by": (lambda args: args.choose == "closest", "--choose closest"),
+    "rescore_model_overrides": (lambda args: args.rescore is not None, "--rescore"),
     "max_source_positions": (lambda args: args.truncate_source, "--truncate-source, as the teacher's own limit counts"),
     **dict.fromkeys(
         ("kd_language_tag", "kd_language_tags", "kd_language_side"),
@@ -105,6 +107,7 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--max-ratio", type=float, default=9.0, metavar="R", help="of the tokens of the two sides")
     parser.add_argument("--min-score", type=float, metavar="S", help="drop translations with a lower score")
     parser.add_argument("--rescore", metavar="PATH", help="a model of the reverse direction")
+    parser.add_argument("--rescore-model-overrides", default="{}", metavar="DICT", help="as --model-overrides, of it")
     parser.add_argument("--drop-worst", type=float, default=0.0, metavar="SHARE", help="by --rescore's scores")
     parser.add_argument("--teacher-user-dir", metavar="DIR", help="as for fairseq-train")
     parser.add_argument("--teacher-ema", action="store_true", help="as for fairseq-train")

@@ -13,6 +13,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files.trained_with import of_dictionaries
 from kd_ext.modules.chunked_logits import spans
 from kd_ext.modules.compiled_layers import compile_layers
+from kd_ext.sequences.blame import REVERSE, TEACHER, blamed
 from kd_ext.sequences.choosing import Hypothesis, Taken, choose, failure_of, sentence_metric
 from kd_ext.sequences.decoding import Decoder
 from kd_ext.sequences.reverse_scores import ReverseScores
@@ -55,7 +56,9 @@ class Work:
         self.device = torch.device("cuda" if use_cuda else "cpu")
         self.dtype = torch.half if cfg.common.fp16 else torch.bfloat16 if cfg.common.bf16 else torch.float32
         self._assignment = self._read_assignment()
-        self._reverse = Source(options.rescore) if options.rescore else None
+        self._reverse: Optional[Source] = None
+        if options.rescore:
+            self._reverse = Source(options.rescore, options.rescore_model_overrides, options.teacher_user_dir)
         # of each teacher its own, one teacher after the other
         self.batches, self._teachers = [], []
         for teacher, sentences in enumerate(self._sentences_of_teachers()):
@@ -69,7 +72,8 @@ class Work:
         if not is_by_language(path):
             return None
         languages = self.task.languages
-        return read_assignment(path, languages.pools, languages.names, languages.counts)
+        with blamed(TEACHER):
+            return read_assignment(path, languages.pools, languages.names, languages.counts)
 
     def _sentences_of_teachers(self) -> List[np.ndarray]:
         """Which sentences of the set each teacher translates."""
@@ -117,7 +121,7 @@ class Work:
             "data": self._digest(),
             **of_dictionaries(self.task.source_dictionary, self.task.target_dictionary),
             "teacher": self._identity(),
-            "--rescore": identify_teacher(self._reverse, self._student(True)) if self._reverse else None,
+            "--rescore": self._identity_of_reverse(),
             "--max-tokens": dataset.max_tokens,
             "--batch-size": dataset.batch_size,
             "--seed": self.cfg.common.seed,
@@ -130,12 +134,19 @@ class Work:
         }
 
     def _identity(self) -> str:
-        teachers = [identify_teacher(source, self._student()) for source in self._sources()]
+        with blamed(TEACHER):
+            teachers = [identify_teacher(source, self._student()) for source in self._sources()]
         return (
             teachers[0]
             if self._assignment is None
             else self._assignment.identity(self.task.languages.identity, teachers)
         )
+
+    def _identity_of_reverse(self) -> Optional[str]:
+        if self._reverse is None:
+            return None
+        with blamed(REVERSE):
+            return identify_teacher(self._reverse, self._student(True))
 
     def _digest(self) -> str:
         """Of all sentences, source and target."""
@@ -177,7 +188,8 @@ class Work:
 
     def _load(self, source: Source) -> Tuple[Decoder, int]:
         """What translates, and how long a source may be."""
-        models = load_models(source, self._student())
+        with blamed(TEACHER):
+            models = load_models(source, self._student())
         added = models[0].layout.added if models[0].layout is not None else (0, 0)
         longest = min(one.model.max_positions()[0] for one in models) - added[0]
         if getattr(self.cfg.common, torch_compile.OPTION, False):
@@ -188,7 +200,8 @@ class Work:
     def _load_reverse(self) -> Optional[ReverseScores]:
         if self._reverse is None:
             return None
-        teacher = load_teacher(self._reverse, self._student(True))
+        with blamed(REVERSE):
+            teacher = load_teacher(self._reverse, self._student(True))
         teacher.place(self.device, self.dtype)
         return ReverseScores(teacher, self.task.source_dictionary, self.device)
 
