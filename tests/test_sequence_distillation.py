@@ -274,7 +274,7 @@ def test_sampling_does_not_depend_on_the_processes(data, teacher, tmp_path):
     assert contents(tmp_path / "one") != contents(tmp_path / "other")
 
 
-def test_parts(data, teacher, tmp_path):
+def test_parts(data, teacher, student, tmp_path):
     """Data in several folders gives as many."""
     second = tmp_path / "second"
     preprocess(tmp_path / "made", train=20)
@@ -286,6 +286,38 @@ def test_parts(data, teacher, tmp_path):
     assert result.last_line == f"train with {tmp_path}/out/0:{tmp_path}/out/1"
     assert both_sides(tmp_path / "out" / "1")[0] == both_sides(second)[0]
     assert len(both_sides(tmp_path / "out" / "0")[0]) == 300
+    message = refused(f"{data}:{second}", teacher, tmp_path / "out")
+    assert f"--destdir {tmp_path}/out: is there" in message
+    made = contents(tmp_path / "out" / "1")
+    shutil.rmtree(tmp_path / "out" / "1")
+    for flags, part in {
+        ("--lenpen", "0.5"): "--lenpen 1.0, and this is 0.5",
+        ("--min-score=-9",): "--min-score None, and this is -9.0",
+        ("--path", student): "teacher",
+    }.items():
+        message = refused(f"{data}:{second}", teacher, tmp_path / "out", *flags)
+        assert f"{tmp_path}/out/0: was made with {part}" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0"]
+    made_of(f"{data}:{second}", teacher, tmp_path / "out")  # goes on
+    assert contents(tmp_path / "out" / "1") == made
+
+
+@pytest.mark.parametrize("kind", ["empty", "data", "file", "link", "another's"])
+def test_what_is_no_part_of_this_commands(data, teacher, tmp_path, kind):
+    """In the place of one of several."""
+    own = tmp_path / "out" / "0"
+    (own if kind in ("empty", "another's") else own.parent).mkdir(parents=True)
+    if kind == "data":
+        shutil.copytree(data, own)
+    elif kind == "file":
+        own.write_text("mine")
+    elif kind == "link":
+        own.symlink_to(tmp_path / "nowhere")
+    elif kind == "another's":
+        (own / "manifest.json").write_text("[1]")
+    message = refused(f"{data}:{data}", teacher, tmp_path / "out")
+    assert f"--destdir: {own} is there, and this command did not make it" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0"]
 
 
 @pytest.mark.parametrize("kind", ["m2m", "m2m replacing", "mbart", "mbart50", "mbart with bos", "multilingual langtok"])

@@ -1,5 +1,6 @@
 """What the teacher's translations are made into: data, lists of what was taken and what failed, a table."""
 
+import json
 import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -9,7 +10,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.sequences.binarized import copy_rest, write_side
 from kd_ext.sequences.choosing import Hypothesis, Taken
 from kd_ext.sequences.work import TOO_LONG, Work
-from kd_ext.sequences.work_files import WorkFiles
+from kd_ext.sequences.work_files import MANIFEST, WorkFiles
 
 FAILURES = {
     "empty": "no translation",
@@ -83,8 +84,8 @@ class Result:
                 else:
                     yield _Line(i, taken, reverse)
 
-    def write(self, folder: str) -> None:
-        """Make the folder with all of it."""
+    def write(self, folder: str, manifest: Dict[str, Any]) -> None:
+        """Make the folder with all of it, and with what tells it from others."""
         work = self._work
         if os.path.isdir(folder):  # of a start that was killed
             for name in os.listdir(folder):
@@ -96,6 +97,8 @@ class Result:
             write_side(f"{prefix}.{work.source}", self._sources(), work.task.source_dictionary)
             write_side(f"{prefix}.{work.target}", self._targets(), work.task.target_dictionary)
             self._write_lists(folder)
+            with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
         except OSError as error:
             raise ConfigError(
                 f"--destdir {work.options.destdir}: cannot be written: {error.strerror}; make room, and run the same "

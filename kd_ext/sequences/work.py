@@ -23,7 +23,7 @@ from kd_ext.teachers.load import Source, identify_teacher, load_models, load_tea
 from kd_ext.upstream import torch_compile
 from kd_ext.upstream.flat_tokens import sentences_of
 
-FORMAT = "kd_ext sequence distillation 1"
+FORMAT = "kd_ext sequence distillation 2"
 TOO_LONG = "long"
 
 
@@ -115,7 +115,7 @@ class Work:
     def manifest(self) -> Dict[str, Any]:
         """What tells this work from other work."""
         options, dataset = self.options, self.cfg.dataset
-        generation = {key: str(value) for key, value in sorted(dict(self.cfg.generation).items())}
+        generation = {_flag(key): str(value) for key, value in sorted(dict(self.cfg.generation).items())}
         return {
             "format": FORMAT,
             "data": self._digest(),
@@ -128,10 +128,15 @@ class Work:
             "--left-pad-source": self.cfg.task.left_pad_source,
             "--required-seq-len-multiple": self.cfg.task.required_seq_len_multiple,
             "precision": str(self.dtype),
-            **{f"--{key.replace('_', '-')}": getattr(options, key) for key in ("choose", "closest_by", "max_ratio")},
+            **{_flag(key): getattr(options, key) for key in ("choose", "closest_by", "max_ratio")},
             "--post-process": self.cfg.common_eval.post_process,
-            "generation": generation,
+            **generation,
         }
+
+    def later_flags(self) -> Dict[str, Any]:
+        """What decides what is made of the translations: from one start to the next it may be another."""
+        names = ("subset", "with_references", "min_score", "drop_worst")
+        return {_flag(name): getattr(self.options, name) for name in names}
 
     def _identity(self) -> str:
         with blamed(TEACHER):
@@ -272,3 +277,7 @@ class Work:
         words = self.task.target_dictionary
         known = torch.tensor([token if token < len(words) else words.unk() for token in tokens], dtype=torch.long)
         return words.string(known, self.cfg.common_eval.post_process)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
