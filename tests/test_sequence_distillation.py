@@ -433,6 +433,8 @@ def test_bad_usage(data, teacher, tmp_path):
         ("--batch-size", "0"): ["--batch-size 0"],
         ("--sampling", "--sampling-topp", "2"): ["--sampling-topp 2"],
         ("--max-len-b", "0"): ["--max-len-b 0", "--min-len 1"],
+        ("--max-len-a", "0.2", "--max-len-b", "0", "--min-len", "2"): ["--max-len-a 0.2 --max-len-b 0", "--min-len 2"],
+        ("--max-len-b", "2000", "--min-len", "1500"): ["--min-len 1500", "at most 1023 tokens"],
     }.items():
         message = refused(data, teacher, out, *flags)
         assert all(part in message for part in parts), message
@@ -447,6 +449,7 @@ def test_flags_that_would_do_nothing(data, teacher, tmp_path):
         ("--num-shards", "2", "--shard-id", "1"): ["--num-shards 2", "--processes"],
         ("--score-reference",): ["--score-reference:"],
         ("--constraints",): ["--constraints"],
+        ("--match-source-len",): ["--match-source-len:", "cut off or not"],
         ("--teacher-checkpoint-path", teacher): [f"--teacher-checkpoint-path {teacher}: ", "flag is --path"],
         ("--teacher-dtype", "float16"): ["--teacher-dtype float16", "--fp16"],
         ("--quiet", "--num-workers", "3", "--bpe", "sentencepiece"): ["--bpe sentencepiece --num-workers 3 --quiet:"],

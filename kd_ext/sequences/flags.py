@@ -24,7 +24,7 @@ _USED = {  # of fairseq's flags: the data, the teacher, how it runs, batches, de
     *("path", "model_overrides", "user_dir", "activate_encoder_adapter", "activate_decoder_adapter", "post_process"),
     *("cpu", "fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16", torch_compile.OPTION, "seed"),
     *("max_tokens", "batch_size", "no_progress_bar"),
-    *("beam", "max_len_a", "max_len_b", "min_len", "match_source_len", "unnormalized", "lenpen", "unkpen"),
+    *("beam", "max_len_a", "max_len_b", "min_len", "unnormalized", "lenpen", "unkpen"),
     *("temperature", "prefix_size", "no_repeat_ngram_size", "sampling", "sampling_topk", "sampling_topp"),
     *("no_beamable_mm", "diverse_beam_groups", "diverse_beam_strength", "diversity_rate"),
     *("retain_dropout", "retain_dropout_modules"),
@@ -39,6 +39,7 @@ _INSTEAD = {  # of those that would do nothing here, what to do
     "score_reference": "translations are made here, none is scored; leave it out",
     "constraints": "no sentence here has constraints; leave it out",
     "lm_path": "the teacher alone translates here; leave it out",
+    "match_source_len": "each translation would end where its source does, cut off or not; leave it out",
     "replace_unk": "targets are words of the dictionary; leave it out",
     "results_path": "this command's flag is --destdir",
     "max_target_positions": "the teacher's own limit counts; leave it out",
@@ -160,5 +161,3 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--drop-worst {args.drop_worst}: by which scores? name a model by --rescore")
     if args.rescore and not args.drop_worst:
         raise ConfigError(f"--rescore {args.rescore}: nothing is dropped; say which share by --drop-worst")
-    if args.max_len_a == 0 and args.max_len_b < args.min_len:
-        raise ConfigError(f"--max-len-b {args.max_len_b}: under --min-len {args.min_len}; no translation would do")

@@ -65,6 +65,7 @@ class Work:
             batches = self._batches(sentences)
             self.batches += batches
             self._teachers += [teacher] * len(batches)
+        self._check_lengths()
 
     def _read_assignment(self) -> Optional[Assignment]:
         """Which teacher a language has; None: all have the same."""
@@ -111,6 +112,19 @@ class Work:
             max_tokens=longest if limits[0] else None,
             max_sentences=limits[1],
         )
+
+    def _check_lengths(self) -> None:
+        """See that in each batch a translation may be as long as it has to be: fairseq's limit goes by its sources."""
+        generation, multiple = self.cfg.generation, self.cfg.task.required_seq_len_multiple
+        lengths = np.asarray(self.dataset.src_sizes, dtype=np.int64)
+        for batch in self.batches:
+            width = -(-int(lengths[batch].max()) // multiple) * multiple
+            limit = int(generation.max_len_a * width + generation.max_len_b)
+            if limit < generation.min_len:
+                raise ConfigError(
+                    f"--max-len-a {generation.max_len_a} --max-len-b {generation.max_len_b}: {limit} tokens for a "
+                    f"source of {width}, under --min-len {generation.min_len}; no translation would do"
+                )
 
     def manifest(self) -> Dict[str, Any]:
         """What tells this work from other work."""
