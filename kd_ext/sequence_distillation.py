@@ -88,6 +88,7 @@ def _make(arguments: List[str], args: argparse.Namespace, part: int, place: str)
             shutil.rmtree(being_made, ignore_errors=True)
         raise
     result = Result(work, files)
+    result.check()  # what is translated stays: with another --min-score the command goes on from there
     result.write(os.path.join(being_made, "data"), {**manifest, **work.later_flags()})
     # in one step, without what the work left
     os.rename(os.path.join(being_made, "data"), place)

@@ -183,6 +183,27 @@ def test_drops_by_score(data, teacher, n_best, tmp_path):
     assert both_sides(tmp_path / "out")[0] == [sources[i] for i in kept]
 
 
+@pytest.mark.parametrize("more", [[], ["--with-references"], ["--choose", "all"]])
+def test_all_are_dropped(data, teacher, n_best, tmp_path, more):
+    """Scores are under 0. What is translated is kept for another value."""
+    message = refused(data, teacher, tmp_path / "out", "--min-score", "0", *more)
+    sources, _ = both_sides(data)
+    taken = 4 if "all" in more else 1
+    scores = [score for n, s in zip(n_best, sources) for score, text in n[:taken] if not plain_failure(text, s)]
+    said = "kd_ext: error: --min-score 0.0: every translation is dropped; the best score is"
+    found = re.fullmatch(rf"{said} (-\S+)", message)
+    assert float(found[1]) == pytest.approx(max(scores), abs=1e-3)
+    assert not (tmp_path / "out").exists()
+    result = made_of(data, teacher, tmp_path / "out", *more)
+    assert "300 sentences are translated already" in result.output
+
+
+def test_all_fail(data, teacher, tmp_path):
+    message = refused(data, teacher, tmp_path / "out", "--max-len-b", "1", "--with-references")
+    assert f"--path {teacher}: no translation of it can be used (cut off at the length limit 300)" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_drops_by_a_model_of_the_reverse_direction(data, teacher, n_best, train, tmp_path):
     """Against log-probabilities of its own model, sentence by sentence, in float64."""
     from fairseq import checkpoint_utils

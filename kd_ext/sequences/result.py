@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -83,6 +84,27 @@ class Result:
                     self._dropped["--drop-worst"] += 1
                 else:
                     yield _Line(i, taken, reverse)
+
+    def check(self) -> None:
+        """See that a translation is left: a set of references, or of nothing, is not what was asked for.
+
+        Raises:
+            ConfigError: there is none
+        """
+        if any(line.taken for line in self._lines):
+            return
+        scores = [taken.hypothesis.score for kept in self._found for taken, _ in kept if not taken.failure]
+        if scores:
+            options = self._work.options
+            values = {"--min-score": options.min_score, "--drop-worst": options.drop_worst}
+            flags = " ".join(f"{flag} {values[flag]}" for flag, count in self._dropped.items() if count)
+            raise ConfigError(f"{flags}: every translation is dropped; the best score is {max(scores):.4f}")
+        kinds = Counter(FAILURES[kind] for _, kind, _ in self._failures())
+        said = ", ".join(f"{meaning} {count:,}" for meaning, count in kinds.most_common())
+        raise ConfigError(
+            f"--path {self._work.cfg.common_eval.path}: no translation of it can be used ({said}); give other flags of "
+            "decoding, or another teacher"
+        )
 
     def write(self, folder: str, manifest: Dict[str, Any]) -> None:
         """Make the folder with all of it, and with what tells it from others."""
