@@ -22,10 +22,7 @@ from kd_ext.processes import work_together
 from kd_ext.sequences.flags import parse
 from kd_ext.sequences.result import Result, check_sets
 from kd_ext.sequences.work import Work
-from kd_ext.sequences.work_files import WorkFiles, take
-
-# the flags of a teacher in training, as this command has them
-_NAMES = {"--teacher-checkpoint-path": "--path", "--teacher-model-overrides": "--model-overrides"}
+from kd_ext.sequences.work_files import WorkFiles, check_same, take
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -36,30 +33,27 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        _main(arguments)
-    except ConfigError as error:
-        text = str(error)
-        for of_training, own in _NAMES.items():
-            text = text.replace(of_training, own)
-        raise ConfigError(text) from error
-
-
-def _main(arguments: List[str]) -> None:
     args = parse(arguments, __doc__)
     parts = utils.split_paths(args.data)
     places = _places(args)
-    check_destination(args.destdir, parts)
+    check_destination(args.destdir, parts, places)
+    missing = [part for part, place in enumerate(places) if not os.path.lexists(place)]
     for part, place in enumerate(places):
-        if os.path.isdir(place):  # of several, one that an earlier start made
+        if part not in missing:  # an earlier start made it
+            work = _work(args, part)
+            check_same(place, {**work.manifest(), **work.later_flags()}, "made")
             print(f"{place}: is there")
-            continue
-        _make(arguments, args, part, place)
+    for part in missing:
+        _make(arguments, args, part, places[part])
     print(f"train with {':'.join(places)}")
 
 
-def check_destination(destdir: str, parts: Sequence[str]) -> None:
-    """See that nothing is written over.
+def check_destination(destdir: str, parts: Sequence[str], places: Sequence[str]) -> None:
+    """See that nothing is written over, and that there is something to make.
+
+    Args:
+        parts: the folders of the data
+        places: what is made of each
 
     Raises:
         ConfigError: it is there, or is or holds the data
@@ -68,20 +62,21 @@ def check_destination(destdir: str, parts: Sequence[str]) -> None:
     for part in parts:
         if real == os.path.realpath(part) or os.path.realpath(part).startswith(real + os.sep):
             raise ConfigError(f"--destdir {destdir}: it holds the data that is read; name another folder")
-    if os.path.lexists(destdir) and (len(parts) == 1 or not os.path.isdir(destdir)):
+    if all(map(os.path.lexists, places)) or (os.path.lexists(destdir) and not os.path.isdir(destdir)):
         raise ConfigError(f"--destdir {destdir}: is there; name a folder that is not, or remove it")
 
 
 def _make(arguments: List[str], args: argparse.Namespace, part: int, place: str) -> None:
     started = time.time()
-    work = Work(convert_namespace_to_omegaconf(args), args, part)
+    work = _work(args, part)
     check_sets(work)
     being_made = f"{place}.part"
     take(being_made)
     if os.path.lexists(place):  # another start has ended in the meantime
         shutil.rmtree(being_made)
         raise ConfigError(f"--destdir {place}: is there; name a folder that is not, or remove it")
-    files = WorkFiles(being_made, work.manifest())
+    manifest = work.manifest()
+    files = WorkFiles(being_made, manifest)
     done = {number for number, _ in files.lines()}
     sentences = sum(len(work.batches[number]) for number in done)
     if done:
@@ -93,7 +88,8 @@ def _make(arguments: List[str], args: argparse.Namespace, part: int, place: str)
             shutil.rmtree(being_made, ignore_errors=True)
         raise
     result = Result(work, files)
-    result.write(os.path.join(being_made, "data"))
+    result.check()  # what is translated stays: with another --min-score the command goes on from there
+    result.write(os.path.join(being_made, "data"), {**manifest, **work.later_flags()})
     # in one step, without what the work left
     os.rename(os.path.join(being_made, "data"), place)
     shutil.rmtree(being_made)
@@ -109,7 +105,8 @@ def _translate(
     done: Set[int],
     sentences: int,
 ) -> None:
-    with tqdm(total=len(work.dataset), unit="sentence", desc=files.folder, initial=sentences) as bar:
+    shown = {"unit": "sentence", "desc": files.folder, "disable": args.no_progress_bar}
+    with tqdm(total=len(work.dataset), initial=sentences, **shown) as bar:
         own = _write(work, files, 0, args.processes, done)
         work_together(args.processes, own, _help, (arguments, part, done), bar)
 
@@ -117,7 +114,7 @@ def _translate(
 def _help(index: int, arguments: List[str], part: int, done: Set[int]) -> Iterator[int]:
     """What a process but the first does."""
     args = parse(arguments, __doc__)
-    work = Work(convert_namespace_to_omegaconf(args), args, part)
+    work = _work(args, part)
     return _write(work, WorkFiles.of(f"{_places(args)[part]}.part"), index, args.processes, done)
 
 
@@ -127,6 +124,10 @@ def _write(work: Work, files: WorkFiles, index: int, processes: int, done: Set[i
     for number, content in work.run(index, processes, done):
         writer.write(number, content)
         yield len(content)
+
+
+def _work(args: argparse.Namespace, part: int) -> Work:
+    return Work(convert_namespace_to_omegaconf(args), args, part)
 
 
 def _places(args: argparse.Namespace) -> List[str]:

@@ -54,7 +54,7 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="each loads the teacher, each on a GPU of its own"
     )
-    teacher = ("checkpoint-path", "model-overrides", "user-dir", "dtype", "cache-dir", "cache-top-k")
+    teacher = ("checkpoint-path", "model-overrides", "user-dir", "ema", "dtype", "cache-dir", "cache-top-k")
     tags = ("--kd-language-tag", "--kd-language-tags", "--kd-language-side")
     list_alone(parser, ["--processes", *(f"--teacher-{name}" for name in teacher), "--kd-temperature", *tags])
     args = options.parse_args_and_arch(parser, arguments)

@@ -8,13 +8,13 @@ import argparse
 import os
 from argparse import Namespace
 from types import SimpleNamespace
-from typing import Any, Optional, Sequence
+from typing import Any, List, Optional, Sequence, Tuple
 
 from fairseq.data import Dictionary
 
 import kd_ext  # noqa: F401  lets fairseq's checkpoints be read
 from kd_ext.errors import ConfigError
-from kd_ext.files.writing import check_output, written_whole
+from kd_ext.files.writing import check_output, make_folder, written_whole
 from kd_ext.teachers import reading
 from kd_ext.teachers.dictionaries import point_at_dictionaries
 from kd_ext.teachers.kinds import find_kind
@@ -31,10 +31,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """
     options = _parser().parse_args(arguments)
     source = Source(options.teacher, options.teacher_model_overrides, options.teacher_user_dir)
-    dictionaries = read_dictionaries(source, options.source_lang, options.target_lang)
-    os.makedirs(options.destdir, exist_ok=True)
+    dictionaries, read = read_dictionaries(source, options.source_lang, options.target_lang)
+    make_folder(options.destdir, "DESTDIR")
     paths = [os.path.join(options.destdir, name) for name in NAMES]
-    targets = [check_output(path, [options.teacher], _check_is_dictionary) for path in paths]
+    targets = [check_output(path, [options.teacher, *read], _check_is_dictionary) for path in paths]
     for path, target, words in zip(paths, targets, dictionaries):
         with written_whole(target) as file:
             seen = set(words.symbols[: words.nspecial])
@@ -48,17 +48,18 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     print(f"fairseq-preprocess --srcdict {paths[0]} " + ("--joined-dictionary" if same else f"--tgtdict {paths[1]}"))
 
 
-def read_dictionaries(source: Source, source_lang: Optional[str], target_lang: Optional[str]) -> Sequence[Any]:
-    """Those of source and target, as the teacher's task makes them."""
-    if source.user_dir is not None:
-        import_user_dir(source.user_dir)
+def read_dictionaries(
+    source: Source, source_lang: Optional[str], target_lang: Optional[str]
+) -> Tuple[Sequence[Any], List[str]]:
+    """Those of source and target, as the teacher's task makes them, and the files that it makes them of."""
+    import_user_dir(source.user_dir)
     settings = source.settings()
     state = reading.read(source.path, settings)
     run = SimpleNamespace(cfg=Namespace(source_lang=source_lang, target_lang=target_lang))
     kind = find_kind(source.path, state["cfg"].task, run)
     point_at_dictionaries(kind, settings, run)
     reading.let_go(state)
-    return kind.dictionaries(kind.setup())
+    return kind.dictionaries(kind.setup()), kind.files()
 
 
 def _check_is_dictionary(path: str) -> None:

@@ -42,7 +42,7 @@ def test_help_of_the_cache(tmp_path):
     found = groups(result.output)
     assert next(iter(found)) == "fairseq-kd-ext"
     expected = ["--processes", "--teacher-checkpoint-path", "--teacher-model-overrides", "--teacher-user-dir"]
-    expected += ["--teacher-dtype", "--teacher-cache-dir", "--teacher-cache-top-k", "--kd-temperature"]
+    expected += ["--teacher-ema", "--teacher-dtype", "--teacher-cache-dir", "--teacher-cache-top-k", "--kd-temperature"]
     expected += ["--kd-language-tag", "--kd-language-tags", "--kd-language-side"]
     assert found["fairseq-kd-ext"] == expected
 

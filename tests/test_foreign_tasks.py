@@ -6,13 +6,14 @@ from argparse import ArgumentParser, Namespace
 import pytest
 import torch
 from commands import PLUGIN, run, run_as_typed
-from conftest import KD
+from conftest import KD, load
 from corpus import WORDS, sentence_pairs
 from fairseq import tasks
 from fairseq.data import AppendTokenDataset, Dictionary, LanguagePairDataset, ListDataset, PrependTokenDataset
 from fairseq.models import ARCH_CONFIG_REGISTRY, BaseFairseqModel
 from test_bad_usage import assert_refused
 
+from kd_ext import teacher_dictionary
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.errors import ConfigError
 from kd_ext.modules.positions import Positions
@@ -448,7 +449,7 @@ def test_a_pair_that_it_was_not_trained_on(folder, tmp_path, caplog):
     path = tmp_path / "teacher.pt"
     made("m2m", path, folder, lang_pairs="en-hi,en-ta")
     message = refused(path)
-    assert "it translates en-hi, en-ta, and the student hi-en" in message
+    assert "it translates en-hi, en-ta, and is wanted for hi-en" in message
     assert "direction" in message
     load_teacher(Source(str(path)), student_task(base_dictionary(), "hi", "ta"))
     assert "not trained on hi-ta" in caplog.text
@@ -492,6 +493,38 @@ def test_its_dictionary_has_words_twice(tmp_path):
     written = Dictionary.load(str(tmp_path / "out" / "dict.source.txt"))
     assert written.symbols == words.symbols
     assert written.indices == words.indices
+
+
+def test_a_folder_for_its_dictionary_that_cannot_be_made(m2m, tmp_path):
+    own = tmp_path / "own"
+    own.write_text("mine")
+    for destdir, said in ((own, "File exists"), (own / "below", "Not a directory")):
+        result = run(tmp_path / "log", "kd_ext.teacher_dictionary", m2m, destdir)
+        assert result.returncode != 0
+        assert result.last_line == f"kd_ext: error: DESTDIR {destdir}: cannot be made: {said}; name another folder"
+        assert "Traceback" not in result.output
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["languages", "the student's languages", "fixed_dictionary"])
+def test_its_dictionary_does_not_replace_what_it_reads(folder, tmp_path, kind):
+    """By its languages' names, by those of -s and -t, or by a setting."""
+    path, flags = tmp_path / "teacher.pt", []
+    for name in ("source", "target"):
+        base_dictionary().save(str(tmp_path / f"dict.{name}.txt"))
+    if kind == "fixed_dictionary":
+        made("m2m", path, folder, fixed_dictionary=str(tmp_path / "dict.source.txt"))
+    else:
+        save_teacher(path, "translation", data=str(tmp_path), source_lang="source", target_lang="target")
+    if kind == "the student's languages":
+        flags = ["-s", "source", "-t", "target"]
+        state = load(path)
+        state["args"].source_lang, state["args"].target_lang = "xx", "yy"
+        torch.save(state, path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=r"dict\.source\.txt: this command reads it, and would replace it"):
+        teacher_dictionary.main([str(path), str(tmp_path), *flags])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_language_ids_are_refused(folder, tmp_path):

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from commands import ENVIRONMENT, Forked, Result, launcher, script
+from commands import ENVIRONMENT, Forked, Result, launcher, run, script
 from conftest import KD, SIZES, TRAINING
 
 from kd_ext.errors import ConfigError
@@ -53,6 +53,15 @@ def assert_goes_on(process):
     before = updates(process)
     wait_for(lambda: updates(process) > before + 3 or not process._process.is_alive())
     assert process._process.is_alive(), process.output[-2000:]
+
+
+def test_a_folder_that_cannot_be_made(data, tmp_path):
+    own = tmp_path / "own"
+    own.write_text("mine")
+    flags = [data, *TRAINING, "--arch", "transformer", *SIZES, *UPSTREAM]
+    result = run(tmp_path / "log", "fairseq-train", *flags, "--save-dir", own)
+    assert result.last_line == f"kd_ext: error: --save-dir {own}: cannot be made: File exists; name another folder"
+    assert "Traceback" not in result.output
 
 
 def refusal(folder):

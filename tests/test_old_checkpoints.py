@@ -219,3 +219,23 @@ def test_a_task_that_is_not_registered(train, teacher, tmp_path, layout):
     torch.save(state, path)
     result = train(tmp_path / "student", *KD, "--teacher-checkpoint-path", path, "--max-update", 1)
     assert_refused(result, tmp_path / "student", "--teacher-checkpoint-path", "translation_of_a_fork", "not registered")
+
+
+@pytest.mark.parametrize("layout", ["cfg", "args"])
+def test_settings_and_weights_alone(layout, teacher, data, train, tmp_path):
+    """A file without the optimizer's part teaches, translates and is a beginning; no run goes on from it."""
+    whole = in_layout(teacher, layout)
+    path = tmp_path / "run" / "checkpoint_last.pt"
+    path.parent.mkdir()
+    torch.save({layout: whole[layout], "model": whole["model"]}, path)
+    flags = ["--gen-subset", "test", "--beam", "1", "--cpu", *PLUGIN]
+    output = [run(tmp_path / "log", "fairseq-generate", data, "--path", x, *flags).output for x in (teacher, path)]
+    translations = [re.findall(r"^H-.*", text, re.MULTILINE) for text in output]
+    assert translations[0] == translations[1] != [], output[1][-1000:]
+    taught = [*KD, "--teacher-checkpoint-path", path, "--finetune-from-model", path, "--max-update", "1"]
+    result = train(tmp_path / "student", *taught, "--lr", "1e-9", "--dropout", "0")
+    assert result.returncode == 0, result.output[-1000:]
+    assert [abs(float(x)) < 1e-5 for x in re.findall(r"kd_kl=([\d.e-]+)", result.output)] == [True]
+    result = train(path.parent, "--criterion", "label_smoothed_cross_entropy", "--max-update", "50")
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {path}: it has settings and weights alone")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,12 +15,15 @@ import pytest
 import sacrebleu
 import torch
 from commands import ENVIRONMENT, PLUGIN, Forked, run
-from conftest import SIZES, TRAINING
+from conftest import SIZES, TRAINING, load
 from corpus import preprocess
 from fairseq.data import Dictionary, indexed_dataset
 from test_foreign_tasks import base_dictionary, folder, made, sentences  # noqa: F401
+from test_teacher import USER_MODULE
 from test_torch_compile import HAS_COMPILER
 
+from kd_ext.errors import ConfigError
+from kd_ext.sequences import flags as command_line
 from kd_ext.sequences.binarized import write_side
 from kd_ext.sequences.choosing import Hypothesis, choose, failure_of, has_loop
 
@@ -179,6 +183,27 @@ def test_drops_by_score(data, teacher, n_best, tmp_path):
     assert both_sides(tmp_path / "out")[0] == [sources[i] for i in kept]
 
 
+@pytest.mark.parametrize("more", [[], ["--with-references"], ["--choose", "all"]])
+def test_all_are_dropped(data, teacher, n_best, tmp_path, more):
+    """Scores are under 0. What is translated is kept for another value."""
+    message = refused(data, teacher, tmp_path / "out", "--min-score", "0", *more)
+    sources, _ = both_sides(data)
+    taken = 4 if "all" in more else 1
+    scores = [score for n, s in zip(n_best, sources) for score, text in n[:taken] if not plain_failure(text, s)]
+    said = "kd_ext: error: --min-score 0.0: every translation is dropped; the best score is"
+    found = re.fullmatch(rf"{said} (-\S+)", message)
+    assert float(found[1]) == pytest.approx(max(scores), abs=1e-3)
+    assert not (tmp_path / "out").exists()
+    result = made_of(data, teacher, tmp_path / "out", *more)
+    assert "300 sentences are translated already" in result.output
+
+
+def test_all_fail(data, teacher, tmp_path):
+    message = refused(data, teacher, tmp_path / "out", "--max-len-b", "1", "--with-references")
+    assert f"--path {teacher}: no translation of it can be used (cut off at the length limit 300)" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_drops_by_a_model_of_the_reverse_direction(data, teacher, n_best, train, tmp_path):
     """Against log-probabilities of its own model, sentence by sentence, in float64."""
     from fairseq import checkpoint_utils
@@ -208,6 +233,25 @@ def test_drops_by_a_model_of_the_reverse_direction(data, teacher, n_best, train,
     for row in rows:
         if row[4]:
             assert float(row[4]) == pytest.approx(scores[int(row[0])], abs=1e-3)
+
+
+def test_a_model_of_the_reverse_direction_from_a_user_module(data, teacher, tmp_path):
+    """Whatever is wrong with it, --rescore is to blame, or the flag for its settings."""
+    module, path = tmp_path / "somebodys_folder", tmp_path / "reverse.pt"
+    module.mkdir()
+    (module / "__init__.py").write_text(USER_MODULE)
+    state = load(teacher)
+    state["cfg"]["task"].update(source_lang="tgt", target_lang="src")
+    vars(state["cfg"]["model"]).update(arch="somebodys_model", _name="somebodys_model")
+    torch.save(state, path)
+    flags = ["--beam", "1", "--rescore", path, "--drop-worst", "0.5"]
+    message = refused(data, teacher, tmp_path / "out", *flags)
+    assert message.startswith(f"kd_ext: error: --rescore {path}: its architecture 'somebodys_model' is not registered")
+    flags += ["--teacher-user-dir", module]
+    settings = "{'no_such': 1}"
+    message = refused(data, teacher, tmp_path / "out", *flags, "--rescore-model-overrides", settings)
+    assert f"--rescore-model-overrides {settings}: " in message
+    made_of(data, teacher, tmp_path / "out", *flags, "--rescore-model-overrides", f"{{'data': '{data}'}}")
 
 
 def contents(data):
@@ -251,7 +295,7 @@ def test_sampling_does_not_depend_on_the_processes(data, teacher, tmp_path):
     assert contents(tmp_path / "one") != contents(tmp_path / "other")
 
 
-def test_parts(data, teacher, tmp_path):
+def test_parts(data, teacher, student, tmp_path):
     """Data in several folders gives as many."""
     second = tmp_path / "second"
     preprocess(tmp_path / "made", train=20)
@@ -263,6 +307,38 @@ def test_parts(data, teacher, tmp_path):
     assert result.last_line == f"train with {tmp_path}/out/0:{tmp_path}/out/1"
     assert both_sides(tmp_path / "out" / "1")[0] == both_sides(second)[0]
     assert len(both_sides(tmp_path / "out" / "0")[0]) == 300
+    message = refused(f"{data}:{second}", teacher, tmp_path / "out")
+    assert f"--destdir {tmp_path}/out: is there" in message
+    made = contents(tmp_path / "out" / "1")
+    shutil.rmtree(tmp_path / "out" / "1")
+    for flags, part in {
+        ("--lenpen", "0.5"): "--lenpen 1.0, and this is 0.5",
+        ("--min-score=-9",): "--min-score None, and this is -9.0",
+        ("--path", student): "teacher",
+    }.items():
+        message = refused(f"{data}:{second}", teacher, tmp_path / "out", *flags)
+        assert f"{tmp_path}/out/0: was made with {part}" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0"]
+    made_of(f"{data}:{second}", teacher, tmp_path / "out")  # goes on
+    assert contents(tmp_path / "out" / "1") == made
+
+
+@pytest.mark.parametrize("kind", ["empty", "data", "file", "link", "another's"])
+def test_what_is_no_part_of_this_commands(data, teacher, tmp_path, kind):
+    """In the place of one of several."""
+    own = tmp_path / "out" / "0"
+    (own if kind in ("empty", "another's") else own.parent).mkdir(parents=True)
+    if kind == "data":
+        shutil.copytree(data, own)
+    elif kind == "file":
+        own.write_text("mine")
+    elif kind == "link":
+        own.symlink_to(tmp_path / "nowhere")
+    elif kind == "another's":
+        (own / "manifest.json").write_text("[1]")
+    message = refused(f"{data}:{data}", teacher, tmp_path / "out")
+    assert f"--destdir: {own} is there, and this command did not make it" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0"]
 
 
 @pytest.mark.parametrize("kind", ["m2m", "m2m replacing", "mbart", "mbart50", "mbart with bos", "multilingual langtok"])
@@ -365,7 +441,10 @@ def test_bad_usage(data, teacher, tmp_path):
         ("--drop-worst", "0.1"): ["--drop-worst 0.1", "--rescore"],
         ("--rescore", teacher): ["--rescore", "--drop-worst"],
         ("--drop-worst", "1.5", "--rescore", teacher): ["--drop-worst 1.5"],
-        ("--rescore", teacher, "--drop-worst", "0.5"): [str(teacher), "from src to tgt"],
+        ("--rescore", teacher, "--drop-worst", "0.5"): [f"--rescore {teacher}: ", "from src to tgt", "from tgt to src"],
+        ("--rescore", "no.pt", "--drop-worst", "0.5"): ["--rescore no.pt: no such file"],
+        ("--rescore", tmp_path, "--drop-worst", "0.5"): [f"--rescore {tmp_path}: a folder"],
+        ("--rescore-model-overrides", "{}#"): ["--rescore-model-overrides {}#", "without --rescore"],
         ("--subset", "no"): ["no"],
         ("--beam", "0"): ["--beam 0"],
         ("--prefix-size", "-1"): ["--prefix-size -1"],
@@ -375,6 +454,8 @@ def test_bad_usage(data, teacher, tmp_path):
         ("--batch-size", "0"): ["--batch-size 0"],
         ("--sampling", "--sampling-topp", "2"): ["--sampling-topp 2"],
         ("--max-len-b", "0"): ["--max-len-b 0", "--min-len 1"],
+        ("--max-len-a", "0.2", "--max-len-b", "0", "--min-len", "2"): ["--max-len-a 0.2 --max-len-b 0", "--min-len 2"],
+        ("--max-len-b", "2000", "--min-len", "1500"): ["--min-len 1500", "at most 1023 tokens"],
     }.items():
         message = refused(data, teacher, out, *flags)
         assert all(part in message for part in parts), message
@@ -389,9 +470,57 @@ def test_flags_that_would_do_nothing(data, teacher, tmp_path):
         ("--num-shards", "2", "--shard-id", "1"): ["--num-shards 2", "--processes"],
         ("--score-reference",): ["--score-reference:"],
         ("--constraints",): ["--constraints"],
+        ("--match-source-len",): ["--match-source-len:", "cut off or not"],
+        ("--teacher-checkpoint-path", teacher): [f"--teacher-checkpoint-path {teacher}: ", "flag is --path"],
+        ("--teacher-dtype", "float16"): ["--teacher-dtype float16", "--fp16"],
+        ("--quiet", "--num-workers", "3", "--bpe", "sentencepiece"): ["--bpe sentencepiece --num-workers 3 --quiet:"],
+        ("--num-batch-buckets", "3", "--left-pad-target"): ["--num-batch-buckets 3", "without padding"],
+        ("--closest-by", "bleu"): ["--closest-by bleu", "--choose closest"],
+        ("--max-source-positions", "3"): ["--max-source-positions 3", "--truncate-source"],
+        ("--kd-language-side", "target"): ["--kd-language-side target", "a teacher for each language"],
     }.items():
         message = refused(data, teacher, tmp_path / "out", *flags)
         assert all(part in message for part in parts), message
+
+
+def test_every_flag_is_used_or_refused(monkeypatch):
+    """All that the parser knows, with any other value than its default, each alone."""
+    parsers = []
+    monkeypatch.setattr(command_line, "check_used", lambda given, parser: parsers.append((given, parser)))
+    command_line.parse(["data", "--path", "x", "--destdir", "y"], "")
+    ((given, parser),) = parsers
+    monkeypatch.undo()
+    known = {action.dest for action in parser._actions} - {"help"}
+    assert known >= {*command_line._USED, *command_line._INSTEAD, *command_line._ONLY_WITH}
+    assert not command_line._USED & command_line._INSTEAD.keys()
+    refused = {name for name in known if is_refused(Namespace(**{**vars(given), name: "another"}), parser)}
+    assert refused == (known - command_line._USED) | {*command_line._ONLY_WITH}
+    assert refused >= {"results_path", "print_alignment", "teacher_cache_top_k", "optimizer", "eval_bleu", "log_format"}
+
+
+def is_refused(given, parser):
+    try:
+        command_line.check_used(given, parser)
+    except ConfigError:
+        return True
+    return False
+
+
+def test_averaged_weights(data, teacher, student, tmp_path):
+    """--teacher-ema: the translations of the model that has these weights as its own."""
+    state = load(teacher)
+    state["extra_state"]["ema"] = load(student)["model"]
+    torch.save(state, tmp_path / "both.pt")
+    made_of(data, tmp_path / "both.pt", tmp_path / "averaged", "--teacher-ema")
+    for name, path in (("raw", tmp_path / "both.pt"), ("wanted", student)):
+        made_of(data, path, tmp_path / name)
+    assert both_sides(tmp_path / "averaged") == both_sides(tmp_path / "wanted") != both_sides(tmp_path / "raw")
+    assert "--teacher-ema" in refused(data, teacher, tmp_path / "none", "--teacher-ema")
+
+
+def test_truncated_sources(data, teacher, tmp_path):
+    made_of(data, teacher, tmp_path / "out", "--truncate-source", "--max-source-positions", "4")
+    assert both_sides(tmp_path / "out")[0] == [" ".join(source.split()[:3]) for source in both_sides(data)[0]]
 
 
 def test_a_flag_that_decoding_refuses(data, teacher, tmp_path):
@@ -399,18 +528,6 @@ def test_a_flag_that_decoding_refuses(data, teacher, tmp_path):
     message = refused(data, teacher, tmp_path / "out", "--diverse-beam-groups", "3")
     assert "--beam" in message
     assert not (tmp_path / "out.part").exists()
-
-
-def test_padding_is_not_written(best, data, teacher, tmp_path):
-    """Flags by which fairseq pads sentences before they are read."""
-    made_of(data, teacher, tmp_path / "out", "--num-batch-buckets", "3", "--left-pad-target")
-    assert contents(tmp_path / "out") == contents(best[0])
-
-
-def test_left_padded_targets_keep_their_heads(data, teacher, tmp_path):
-    made_of(data, teacher, tmp_path / "right", "--prefix-size", "1")
-    made_of(data, teacher, tmp_path / "left", "--prefix-size", "1", "--left-pad-target")
-    assert contents(tmp_path / "left") == contents(tmp_path / "right")
 
 
 def test_a_folder_named_with_a_slash(best, data, teacher, tmp_path):

@@ -201,15 +201,23 @@ register_model_architecture("somebodys_model", "somebodys_model")(base_architect
 """
 
 
-def test_a_teacher_from_another_user_module(data, train, tmp_path):
-    module = tmp_path / "somebodys_module"
+@pytest.fixture(scope="session")
+def somebodys_teacher(data, tmp_path_factory):
+    """A folder with a user module, and the checkpoint of a teacher whose architecture is registered there."""
+    folder = tmp_path_factory.mktemp("somebody")
+    module = folder / "somebodys_module"
     module.mkdir()
     (module / "__init__.py").write_text(USER_MODULE)
     flags = [*TRAINING[len(PLUGIN) :], "--arch", "somebodys_model", *SIZES, "--max-update", "2"]
-    flags += ["--user-dir", module, "--criterion", "label_smoothed_cross_entropy", "--save-dir", tmp_path / "teacher"]
-    result = run(tmp_path / "teacher.log", "fairseq-train", data, *flags)
+    flags += ["--user-dir", module, "--criterion", "label_smoothed_cross_entropy", "--save-dir", folder / "teacher"]
+    result = run(folder / "log", "fairseq-train", data, *flags)
     assert result.returncode == 0, result.output
-    flags = [*KD, "--teacher-checkpoint-path", tmp_path / "teacher/checkpoint_last.pt", "--max-update", "2"]
+    return module, folder / "teacher/checkpoint_last.pt"
+
+
+def test_a_teacher_from_another_user_module(somebodys_teacher, train, tmp_path):
+    module, path = somebodys_teacher
+    flags = [*KD, "--teacher-checkpoint-path", path, "--max-update", "2"]
     result = train(tmp_path / "student", *flags, "--teacher-user-dir", module)
     assert result.returncode == 0, result.output
     assert "architecture somebodys_model" in result.output
@@ -218,3 +226,20 @@ def test_a_teacher_from_another_user_module(data, train, tmp_path):
     assert "kd_ext: error: --teacher-checkpoint-path" in result.last_line
     assert "somebodys_model" in result.last_line
     assert "--teacher-user-dir" in result.last_line
+
+
+def test_a_user_module_where_the_teacher_is_identified_first(somebodys_teacher, data, train, tmp_path):
+    """A cache, filled by training and by its command, a set of translations, and the dictionaries."""
+    module, path = somebodys_teacher
+    own = ["--teacher-user-dir", module]
+    kept = ["--teacher-checkpoint-path", path, *own, "--teacher-cache-top-k", "4", "--teacher-cache-dir"]
+    trained = train(tmp_path / "student", *KD, *kept, tmp_path / "trained", "--max-update", "2")
+    decoding = ["--destdir", tmp_path / "sd", "--beam", "1", "--cpu"]
+    commands = {
+        "kd_ext.teacher_cache": [data, *kept, tmp_path / "filled", "--max-tokens", "1000", "--cpu"],
+        "kd_ext.sequence_distillation": [data, "--path", path, *own, *decoding],
+        "kd_ext.teacher_dictionary": [path, tmp_path / "dict", *own],
+    }
+    for result in (trained, *(run(tmp_path / "log", name, *flags) for name, flags in commands.items())):
+        assert result.returncode == 0, result.output[-2000:]
+    assert (tmp_path / "sd/train.src-tgt.tgt.bin").exists()

@@ -46,6 +46,21 @@ def written_whole(path: str, part: Optional[str] = None) -> Iterator["_Writer"]:
         raise
 
 
+def make_folder(path: str, flag: str) -> None:
+    """Make a folder, with those that it lies in; one that is there stays.
+
+    Args:
+        flag: that named it, for the message
+
+    Raises:
+        ConfigError: it cannot be made
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be made: {error.strerror}; name another folder") from error
+
+
 def check_output(path: str, inputs: Sequence[str], check_same_kind: Callable[[str], Any]) -> str:
     """See that a command's output destroys nothing: it takes the place of no file but an older output.
 

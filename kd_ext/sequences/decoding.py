@@ -77,7 +77,13 @@ class Decoder:
     def _generator(self, eos: Any) -> Any:
         if eos not in self._generators:
             more = {} if eos is None else {"eos": eos}
-            self._generators[eos] = self._task.build_generator(self._models, self._generation, more)
+            generator = self._task.build_generator(self._models, self._generation, more)
+            if generator.max_len - 1 < generator.min_len:
+                raise ConfigError(
+                    f"--min-len {generator.min_len}: the teacher's translations have at most {generator.max_len - 1} "
+                    "tokens; give a lower one"
+                )
+            self._generators[eos] = generator
         return self._generators[eos]
 
     def _own_heads(self, net_input: Dict[str, Tensor], begin: Beginning) -> List[int]:

@@ -1,6 +1,8 @@
 """What the teacher's translations are made into: data, lists of what was taken and what failed, a table."""
 
+import json
 import os
+from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -9,7 +11,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.sequences.binarized import copy_rest, write_side
 from kd_ext.sequences.choosing import Hypothesis, Taken
 from kd_ext.sequences.work import TOO_LONG, Work
-from kd_ext.sequences.work_files import WorkFiles
+from kd_ext.sequences.work_files import MANIFEST, WorkFiles
 
 FAILURES = {
     "empty": "no translation",
@@ -83,8 +85,29 @@ class Result:
                 else:
                     yield _Line(i, taken, reverse)
 
-    def write(self, folder: str) -> None:
-        """Make the folder with all of it."""
+    def check(self) -> None:
+        """See that a translation is left: a set of references, or of nothing, is not what was asked for.
+
+        Raises:
+            ConfigError: there is none
+        """
+        if any(line.taken for line in self._lines):
+            return
+        scores = [taken.hypothesis.score for kept in self._found for taken, _ in kept if not taken.failure]
+        if scores:
+            options = self._work.options
+            values = {"--min-score": options.min_score, "--drop-worst": options.drop_worst}
+            flags = " ".join(f"{flag} {values[flag]}" for flag, count in self._dropped.items() if count)
+            raise ConfigError(f"{flags}: every translation is dropped; the best score is {max(scores):.4f}")
+        kinds = Counter(FAILURES[kind] for _, kind, _ in self._failures())
+        said = ", ".join(f"{meaning} {count:,}" for meaning, count in kinds.most_common())
+        raise ConfigError(
+            f"--path {self._work.cfg.common_eval.path}: no translation of it can be used ({said}); give other flags of "
+            "decoding, or another teacher"
+        )
+
+    def write(self, folder: str, manifest: Dict[str, Any]) -> None:
+        """Make the folder with all of it, and with what tells it from others."""
         work = self._work
         if os.path.isdir(folder):  # of a start that was killed
             for name in os.listdir(folder):
@@ -96,6 +119,8 @@ class Result:
             write_side(f"{prefix}.{work.source}", self._sources(), work.task.source_dictionary)
             write_side(f"{prefix}.{work.target}", self._targets(), work.task.target_dictionary)
             self._write_lists(folder)
+            with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
         except OSError as error:
             raise ConfigError(
                 f"--destdir {work.options.destdir}: cannot be written: {error.strerror}; make room, and run the same "

@@ -13,6 +13,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files.trained_with import of_dictionaries
 from kd_ext.modules.chunked_logits import spans
 from kd_ext.modules.compiled_layers import compile_layers
+from kd_ext.sequences.blame import REVERSE, TEACHER, blamed
 from kd_ext.sequences.choosing import Hypothesis, Taken, choose, failure_of, sentence_metric
 from kd_ext.sequences.decoding import Decoder
 from kd_ext.sequences.reverse_scores import ReverseScores
@@ -22,7 +23,7 @@ from kd_ext.teachers.load import Source, identify_teacher, load_models, load_tea
 from kd_ext.upstream import torch_compile
 from kd_ext.upstream.flat_tokens import sentences_of
 
-FORMAT = "kd_ext sequence distillation 1"
+FORMAT = "kd_ext sequence distillation 2"
 TOO_LONG = "long"
 
 
@@ -39,8 +40,6 @@ class Work:
         self.cfg, self.options = cfg, options
         self.folder = utils.split_paths(cfg.task.data)[part]
         cfg.task.train_subset = options.subset  # whose tags are looked at
-        # sentences are read and written without padding, and decoded from what their targets begin with
-        cfg.task.num_batch_buckets, cfg.task.left_pad_target = 0, False
         try:
             self.task = tasks.setup_task(cfg.task)
             self.task.load_dataset(options.subset, epoch=part + 1, combine=True)
@@ -57,13 +56,16 @@ class Work:
         self.device = torch.device("cuda" if use_cuda else "cpu")
         self.dtype = torch.half if cfg.common.fp16 else torch.bfloat16 if cfg.common.bf16 else torch.float32
         self._assignment = self._read_assignment()
-        self._reverse = Source(options.rescore) if options.rescore else None
+        self._reverse: Optional[Source] = None
+        if options.rescore:
+            self._reverse = Source(options.rescore, options.rescore_model_overrides, options.teacher_user_dir)
         # of each teacher its own, one teacher after the other
         self.batches, self._teachers = [], []
         for teacher, sentences in enumerate(self._sentences_of_teachers()):
             batches = self._batches(sentences)
             self.batches += batches
             self._teachers += [teacher] * len(batches)
+        self._check_lengths()
 
     def _read_assignment(self) -> Optional[Assignment]:
         """Which teacher a language has; None: all have the same."""
@@ -71,7 +73,8 @@ class Work:
         if not is_by_language(path):
             return None
         languages = self.task.languages
-        return read_assignment(path, languages.pools, languages.names, languages.counts)
+        with blamed(TEACHER):
+            return read_assignment(path, languages.pools, languages.names, languages.counts)
 
     def _sentences_of_teachers(self) -> List[np.ndarray]:
         """Which sentences of the set each teacher translates."""
@@ -89,9 +92,9 @@ class Work:
 
     def _sources(self) -> List[Source]:
         """Of each teacher what the flags say."""
-        common, user_dir = self.cfg.common_eval, self.options.teacher_user_dir
+        common, options = self.cfg.common_eval, self.options
         paths = [common.path] if self._assignment is None else self._assignment.paths
-        return [Source(path, common.model_overrides, user_dir) for path in paths]
+        return [Source(path, common.model_overrides, options.teacher_user_dir, options.teacher_ema) for path in paths]
 
     def _batches(self, sentences: np.ndarray) -> List[np.ndarray]:
         """All of them, the longest sources first: the slowest batch, and the largest, is the first."""
@@ -110,32 +113,59 @@ class Work:
             max_sentences=limits[1],
         )
 
+    def _check_lengths(self) -> None:
+        """See that in each batch a translation may be as long as it has to be: fairseq's limit goes by its sources."""
+        generation, multiple = self.cfg.generation, self.cfg.task.required_seq_len_multiple
+        lengths = np.asarray(self.dataset.src_sizes, dtype=np.int64)
+        for batch in self.batches:
+            width = -(-int(lengths[batch].max()) // multiple) * multiple
+            limit = int(generation.max_len_a * width + generation.max_len_b)
+            if limit < generation.min_len:
+                raise ConfigError(
+                    f"--max-len-a {generation.max_len_a} --max-len-b {generation.max_len_b}: {limit} tokens for a "
+                    f"source of {width}, under --min-len {generation.min_len}; no translation would do"
+                )
+
     def manifest(self) -> Dict[str, Any]:
         """What tells this work from other work."""
         options, dataset = self.options, self.cfg.dataset
-        generation = {key: str(value) for key, value in sorted(dict(self.cfg.generation).items())}
+        generation = {_flag(key): str(value) for key, value in sorted(dict(self.cfg.generation).items())}
         return {
             "format": FORMAT,
             "data": self._digest(),
             **of_dictionaries(self.task.source_dictionary, self.task.target_dictionary),
             "teacher": self._identity(),
-            "--rescore": identify_teacher(self._reverse, self._student(True)) if self._reverse else None,
+            "--rescore": self._identity_of_reverse(),
             "--max-tokens": dataset.max_tokens,
             "--batch-size": dataset.batch_size,
             "--seed": self.cfg.common.seed,
+            "--left-pad-source": self.cfg.task.left_pad_source,
+            "--required-seq-len-multiple": self.cfg.task.required_seq_len_multiple,
             "precision": str(self.dtype),
-            **{f"--{key.replace('_', '-')}": getattr(options, key) for key in ("choose", "closest_by", "max_ratio")},
+            **{_flag(key): getattr(options, key) for key in ("choose", "closest_by", "max_ratio")},
             "--post-process": self.cfg.common_eval.post_process,
-            "generation": generation,
+            **generation,
         }
 
+    def later_flags(self) -> Dict[str, Any]:
+        """What decides what is made of the translations: from one start to the next it may be another."""
+        names = ("subset", "with_references", "min_score", "drop_worst")
+        return {_flag(name): getattr(self.options, name) for name in names}
+
     def _identity(self) -> str:
-        teachers = [identify_teacher(source, self._student()) for source in self._sources()]
+        with blamed(TEACHER):
+            teachers = [identify_teacher(source, self._student()) for source in self._sources()]
         return (
             teachers[0]
             if self._assignment is None
             else self._assignment.identity(self.task.languages.identity, teachers)
         )
+
+    def _identity_of_reverse(self) -> Optional[str]:
+        if self._reverse is None:
+            return None
+        with blamed(REVERSE):
+            return identify_teacher(self._reverse, self._student(True))
 
     def _digest(self) -> str:
         """Of all sentences, source and target."""
@@ -177,7 +207,8 @@ class Work:
 
     def _load(self, source: Source) -> Tuple[Decoder, int]:
         """What translates, and how long a source may be."""
-        models = load_models(source, self._student())
+        with blamed(TEACHER):
+            models = load_models(source, self._student())
         added = models[0].layout.added if models[0].layout is not None else (0, 0)
         longest = min(one.model.max_positions()[0] for one in models) - added[0]
         if getattr(self.cfg.common, torch_compile.OPTION, False):
@@ -188,7 +219,8 @@ class Work:
     def _load_reverse(self) -> Optional[ReverseScores]:
         if self._reverse is None:
             return None
-        teacher = load_teacher(self._reverse, self._student(True))
+        with blamed(REVERSE):
+            teacher = load_teacher(self._reverse, self._student(True))
         teacher.place(self.device, self.dtype)
         return ReverseScores(teacher, self.task.source_dictionary, self.device)
 
@@ -259,3 +291,7 @@ class Work:
         words = self.task.target_dictionary
         known = torch.tensor([token if token < len(words) else words.unk() for token in tokens], dtype=torch.long)
         return words.string(known, self.cfg.common_eval.post_process)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -9,7 +9,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files.folder_lock import NAME, hold
 from kd_ext.files.writing import PART, written_whole
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 def take(folder: str) -> None:
@@ -23,9 +23,33 @@ def take(folder: str) -> None:
         there = set(os.listdir(folder))
     except OSError as error:
         raise ConfigError(f"--destdir: {folder} cannot be made: {error.strerror}; name another folder") from error
-    if _MANIFEST not in there and there - {NAME, _MANIFEST + PART}:
+    if MANIFEST not in there and there - {NAME, MANIFEST + PART}:
         raise ConfigError(f"--destdir: {folder} is there, and this command did not make it; name another folder")
     hold(folder, "--destdir")
+
+
+def check_same(folder: str, manifest: Dict[str, Any], done: str) -> None:
+    """See that a folder is of the work that `manifest` tells from other work.
+
+    Args:
+        done: what was done to it, for the message
+
+    Raises:
+        ConfigError: it is of other work, or of none
+    """
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            found = dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"--destdir: {folder} is there, and this command did not make it; name another folder"
+        ) from error
+    for key in {**manifest, **found}:
+        if found.get(key) != manifest.get(key):
+            raise ConfigError(
+                f"{folder}: was {done} with {key} {found.get(key)}, and this is {manifest.get(key)}; give that, remove "
+                "the folder, or name another --destdir"
+            )
 
 
 class WorkFiles:
@@ -41,17 +65,9 @@ class WorkFiles:
 
     def __init__(self, folder: str, manifest: Dict[str, Any]) -> None:
         self.folder = folder
-        path = os.path.join(folder, _MANIFEST)
+        path = os.path.join(folder, MANIFEST)
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                begun = json.load(file)
-            differing = sorted(key for key in {*begun, *manifest} if begun.get(key) != manifest.get(key))
-            if differing:
-                key = differing[0]
-                raise ConfigError(
-                    f"{folder}: was begun with {key} {begun.get(key)!r}, and this is {manifest.get(key)!r}; give that, "
-                    "remove the folder, or name another --destdir"
-                )
+            check_same(folder, manifest, "begun")
         else:
             with written_whole(path) as writer:
                 writer.write(json.dumps(manifest, indent=1).encode())
@@ -59,7 +75,7 @@ class WorkFiles:
     @classmethod
     def of(cls, folder: str) -> "WorkFiles":
         """What another process has begun."""
-        with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
             return cls(folder, json.load(file))
 
     def writer(self) -> "_Writer":

@@ -25,16 +25,16 @@ def check_direction(kind: Kind, student_task: Any) -> None:
     wanted = tuple(getattr(student_task.cfg, side, None) for side in SIDES)
     if None not in own and own[0] != own[1] and own == wanted[::-1]:
         raise ConfigError(
-            f"{FLAG} {kind.path}: it translates from {own[0]} to {own[1]}, and the student from {wanted[0]} to "
-            f"{wanted[1]}; name a teacher of the student's direction"
+            f"{FLAG} {kind.path}: it translates from {own[0]} to {own[1]}, and is wanted from {wanted[0]} to "
+            f"{wanted[1]}; name a model of that direction"
         )
     pair, reverse = "-".join(map(str, kind.pair)), "-".join(map(str, kind.pair[::-1]))
     pairs = kind.trained_pairs()
     if pairs and None not in kind.pair and pair not in pairs:
         if reverse in pairs:
             raise ConfigError(
-                f"{FLAG} {kind.path}: it translates {', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''}, and the "
-                f"student {pair}; name a teacher of the student's direction"
+                f"{FLAG} {kind.path}: it translates {', '.join(pairs[:8])}{', ...' if len(pairs) > 8 else ''}, and is "
+                f"wanted for {pair}; name a model of that direction"
             )
         logger.warning("%s: it was not trained on %s itself, for which it is asked", kind.path, pair)
     for asked, of_run in zip(kind.pair, wanted):

@@ -89,9 +89,15 @@ class Kind:
 
     def name_as_student(self) -> None:
         """Have the task read its dictionaries under those names."""
+        self.pair = Pair(*(getattr(self._student, side) for side in SIDES))
         with editable(self.cfg):
-            for side in SIDES:
-                setattr(self.cfg, side, getattr(self._student, side))
+            for side, language in zip(SIDES, self.pair):
+                setattr(self.cfg, side, language)
+
+    def files(self) -> List[str]:
+        """What the task reads beside the checkpoint: dictionaries in its folder of data, and files of its settings."""
+        named = (getattr(self.cfg, name, None) for name in self.file_settings)
+        return [*(os.path.join(self.cfg.data, name) for name in self.dictionary_names()), *filter(None, named)]
 
     def setup(self) -> Any:
         """The task."""

@@ -93,8 +93,7 @@ def load_teacher(source: Source, student_task: Any) -> Teacher:
 def load_models(source: Source, student_task: Any) -> List[Loaded]:
     """The models of a teacher, as :func:`load_teacher` loads them, which can also decode."""
     settings = source.settings()
-    if source.user_dir is not None:
-        import_user_dir(source.user_dir)
+    import_user_dir(source.user_dir)
     with random_state_kept():  # building a model draws its initial weights
         return [_load_one(path, settings, source.ema, student_task) for path in utils.split_paths(source.path)]
 
@@ -106,6 +105,7 @@ def identify_teacher(source: Source, student_task: Any) -> str:
         ConfigError: with the flag to blame
     """
     settings = source.settings()
+    import_user_dir(source.user_dir)
     found = []
     for path in utils.split_paths(source.path):
         state = reading.read(path, settings, source.ema)
@@ -131,7 +131,10 @@ def _find_projection(model: torch.nn.Module) -> Optional[Projection]:
         return None
 
 
-def import_user_dir(user_dir: str) -> None:
+def import_user_dir(user_dir: Optional[str]) -> None:
+    """Import what ``--teacher-user-dir`` names, if it names anything, once: before a teacher's file is read."""
+    if user_dir is None:
+        return
     flag = f"--teacher-user-dir {user_dir}"
     try:
         utils.import_user_module(Namespace(user_dir=user_dir))

@@ -21,6 +21,10 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import safe_loading, settings
 from kd_ext.upstream.foreign_settings import leave_out
 
+STRIPPED = "stripped"  # of a checkpoint that was read: the optimizer's part of it was taken out
+# what fairseq's first releases had in its place
+_OF_FIRST_RELEASES = (("best_loss", "optimizer"), ("epoch", "batch_offset", "val_loss"))
+
 
 class _SafelyLoadingTorch(ModuleType):
     """torch, but for ``load``."""
@@ -34,10 +38,23 @@ class _SafelyLoadingTorch(ModuleType):
             raise ConfigError(f"{path}: not a checkpoint of fairseq: it holds weights alone, without settings")
         settings.check(path, state)
         leave_out(path, state)
+        _fill_in(state)
         return state
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+def _fill_in(state: typing.Any) -> None:
+    """Let a file of settings and weights alone be read: fairseq (0.12.2) looks up the rest, whatever it is read for."""
+    if not isinstance(state, dict) or "model" not in state:
+        return
+    history, extra = (all(name in state for name in names) for names in _OF_FIRST_RELEASES)
+    if not state.get("optimizer_history") and not history:
+        state["optimizer_history"] = [{"optimizer_name": None, "lr_scheduler_state": {}, "num_updates": 0}]
+        state[STRIPPED] = True
+    if state.get("extra_state") is None and not extra:
+        state["extra_state"] = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}
 
 
 def apply() -> None:

@@ -12,6 +12,7 @@ from fairseq.file_io import PathManager
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.folder_lock import hold
+from kd_ext.files.writing import make_folder
 
 _WRITTEN = re.compile(r"checkpoint.*\.pt|crash\.pt")
 
@@ -56,7 +57,7 @@ def _holding(original: Any) -> Any:
 
 def _hold(folder: str) -> None:
     if PathManager.supports_rename(folder):  # else on no file system
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder, "--save-dir")
         hold(folder, "--save-dir")
 
 

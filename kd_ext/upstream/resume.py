@@ -6,7 +6,9 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
+from kd_ext.errors import ConfigError
 from kd_ext.modules.random_state import random_state_kept
+from kd_ext.upstream.checkpoints import STRIPPED
 
 
 def apply() -> None:
@@ -59,6 +61,11 @@ def _check(trainer, filename, state, resumes) -> None:
     from kd_ext.files import trained_with
     from kd_ext.models.saved_settings import model_settings
 
+    if resumes and state.get(STRIPPED):
+        raise ConfigError(
+            f"{filename}: it has settings and weights alone, from which no run can go on; begin from its weights by "
+            f"--finetune-from-model {filename} and another --save-dir"
+        )
     now = trained_with.of_task(trainer.task)
     if now:
         trained_with.compare(trained_with.recorded(state), now, trainer.task.cfg, resumes)
