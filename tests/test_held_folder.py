@@ -167,3 +167,19 @@ def test_what_is_read_does_not_lie_where_the_run_writes(train, teacher, tmp_path
     flags = [*KD, "--teacher-checkpoint-path", folder / "checkpoint_best.pt"]
     result = train(tmp_path / "log", "--save-dir", folder, "--max-update", 2, *flags)
     assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {folder}/checkpoint_best.pt: the run")
+
+
+@pytest.mark.parametrize("form", ["hi={own},...={base}", "ta={base},...={base}:{own}", "hi = {base}\n... = {own}\n"])
+def test_a_teacher_of_a_language_does_not_lie_where_the_run_writes(train, teacher, tmp_path, form):
+    """On the command line and in a file of such lines; a folder may have a '=' in its name."""
+    folder = tmp_path / "b=1"
+    folder.mkdir()
+    own = shutil.copy(teacher, folder / "checkpoint_best.pt")
+    given = form.format(own=own, base=teacher)
+    if "\n" in given:
+        (tmp_path / "teachers.txt").write_text(given)
+        given = tmp_path / "teachers.txt"
+    result = train(tmp_path / "log", *KD, "--save-dir", folder, "--max-update", 2, "--teacher-checkpoint-path", given)
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {own}: the run would write over it")
+    assert own.read_bytes() == teacher.read_bytes()

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, List, Optional
 
 from fairseq import checkpoint_utils, utils
 from fairseq.distributed.utils import is_master
@@ -63,11 +63,25 @@ def _hold(folder: str) -> None:
 def _check_inputs(cfg: Any) -> None:
     """See that no teacher, and no checkpoint to begin with, is under a name that the run writes."""
     folder = cfg.checkpoint.save_dir
-    read = {"--teacher-checkpoint-path": getattr(cfg.task, "teacher_checkpoint_path", None)}
+    read = {"--teacher-checkpoint-path": _teachers(getattr(cfg.task, "teacher_checkpoint_path", None))}
     if not os.path.exists(os.path.join(folder, "checkpoint_last.pt")):  # else it begins with that one
-        read["--finetune-from-model"] = cfg.checkpoint.finetune_from_model
-    for flag, value in read.items():
-        for path in utils.split_paths(value or ""):
+        read["--finetune-from-model"] = utils.split_paths(cfg.checkpoint.finetune_from_model or "")
+    for flag, paths in read.items():
+        for path in paths:
             is_beside = os.path.realpath(os.path.dirname(path) or ".") == os.path.realpath(folder)
             if is_beside and _WRITTEN.fullmatch(os.path.basename(path)) and os.path.isfile(path):
                 raise ConfigError(f"{flag} {path}: the run would write over it; name another --save-dir than {folder}")
+
+
+def _teachers(value: Optional[str]) -> List[str]:
+    """The paths in ``--teacher-checkpoint-path``; of teachers by language all that can be read out of it.
+
+    A language may have a '=' as well, and which ones there are is not known yet.
+    """
+    from kd_ext.teachers import assignment  # not at the top: models register themselves after every touch
+
+    entries = assignment._entries(value) if value else None
+    if entries is None:
+        return utils.split_paths(value or "")
+    named = [entry[place.end() :].strip() for entry in entries for place in re.finditer("=", entry)]
+    return [path for paths in named for path in utils.split_paths(paths)]
