@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from types import FrameType
 from typing import Optional
 
 from omegaconf.errors import MissingMandatoryValue
@@ -82,8 +83,13 @@ def _of_fairseq(error: Optional[BaseException]) -> Optional[str]:
     frames = error.__traceback__
     while frames.tb_next is not None:
         frames = frames.tb_next
-    package = frames.tb_frame.f_globals.get("__name__", "").split(".")[0]
-    return _about_a_flag(str(error)) if package in ("fairseq", "fairseq_cli") else None
+    return _about_a_flag(str(error)) if _package(frames.tb_frame) in ("fairseq", "fairseq_cli") else None
+
+
+def _package(frame: FrameType) -> str:
+    name = frame.f_globals.get("__name__", "")
+    is_command = name == "__main__" and os.path.basename(os.path.dirname(frame.f_code.co_filename)) == "fairseq_cli"
+    return "fairseq_cli" if is_command else name.split(".")[0]  # the former by python -m, or as a file
 
 
 def _about_a_flag(said: str) -> Optional[str]:
