@@ -24,7 +24,7 @@ from kd_ext.modules.fetched import Fetched
 from kd_ext.modules.positions import Positions, true_first
 from kd_ext.modules.share_watch import UPDATES, ShareWatch
 from kd_ext.modules.token_selection import WINDOWS, SharedWindow, Tally, TokenSelector, selector_class
-from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
+from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask, given_flags
 from kd_ext.upstream.command_line import list_flags
 
 logger = logging.getLogger(__name__)
@@ -406,6 +406,11 @@ def _check_flags(strategy, alpha, rate, queue_size, window, temperature, task) -
     for flag, value, is_unused in unused:
         if is_unused:
             logger.warning("%s %s has no effect with --kd-strategy %s", flag, value, strategy)
+    if kind.uses_alpha and alpha == 0 and task.trains:
+        given = [flag for flag in given_flags(task.cfg) if flag.startswith("--teacher")]
+        given += [f"--kd-temperature {temperature}"] if temperature != 1 else []
+        if given:
+            logger.warning("no effect with --alpha 0, by which nothing is distilled: %s", ", ".join(given))
 
 
 def check_temperature(temperature: float) -> None:
