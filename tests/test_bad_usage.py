@@ -49,6 +49,9 @@ WITH_TEACHER = {
         ["too large: 1 queue of it, 8 bytes a token", "at most"],
     ),
     "temperature 0": ("--kd-temperature 0", ["--kd-temperature 0.0", "over 0"]),
+    "smoothing over 1": ("--label-smoothing 1.5", ["--label-smoothing 1.5", "[0, 1)"]),
+    "smoothing under 0": ("--label-smoothing=-0.1", ["--label-smoothing -0.1", "[0, 1)"]),
+    "smoothing that is no number": ("--label-smoothing nan", ["--label-smoothing nan", "[0, 1)"]),
     "prefix under 0": ("--ignore-prefix-size=-1", ["--ignore-prefix-size -1", "0 for none"]),
     "no such tag": (
         "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 9 --kd-language-tag <2",

@@ -160,6 +160,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if not isinstance(task, TranslationWithKDTask):
             name = getattr(task.cfg, "_name", None) or type(task).__name__
             raise ConfigError(f"--criterion {CRITERION} works with --task translation_with_kd, not with --task {name}")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"--label-smoothing {label_smoothing}: out of range; a number in [0, 1)")
         if ignore_prefix_size < 0:
             raise ConfigError(f"--ignore-prefix-size {ignore_prefix_size}: negative; a number of tokens, or 0 for none")
         strategy = task.cfg.kd_strategy
