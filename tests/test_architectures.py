@@ -159,6 +159,11 @@ def test_numbers_of_another_type_are_told(name, value):
         build(**{name: value})
 
 
+def test_depths_that_no_checkpoint_may_have_are_told():
+    with pytest.raises(ConfigError, match="--encoder-recurrent-stacking 1000000000: out of range; at most 1000 depths"):
+        build(encoder_recurrent_stacking=10**9)
+
+
 def test_negative_depths_are_told():
     with pytest.raises(ConfigError, match="--decoder-recurrent-stacking -2: negative"):
         build(decoder_recurrent_stacking=-2)

@@ -57,6 +57,9 @@ class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionCo
     )
 
 
+TEMPERATURES = (0.01, 1000)  # softmaxes beyond them are one word, or uniform, and T^2 gets out of float32
+
+
 list_flags(LabelSmoothedCrossEntropyWithKDConfig, f"--criterion {CRITERION}")
 
 
@@ -416,8 +419,9 @@ def _check_flags(strategy, alpha, rate, queue_size, window, temperature, task) -
 
 
 def check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"--kd-temperature {temperature}: out of range; a number over 0")
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ConfigError(f"--kd-temperature {temperature}: out of range; a number from {low} to {high}")
 
 
 def _check_memory(queue_size: int, queues: int, token_bytes: int) -> None:

@@ -9,6 +9,7 @@ from fairseq.dataclass import FairseqDataclass
 from torch import nn
 
 from kd_ext.errors import ConfigError
+from kd_ext.files.settings import MOST_LAYERS
 from kd_ext.modules.adapter import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ def _read_side(args: Namespace, side: str) -> SideSettings:
     depths, factorized_dim, width = value("recurrent_stacking"), value("factorized_embed_dim"), value("embed_dim")
     if depths < 0:
         raise ConfigError(f"--{side}-recurrent-stacking {depths}: negative; a number of depths, or 0 for off")
+    if depths > MOST_LAYERS:  # no checkpoint of it could be read
+        raise ConfigError(f"--{side}-recurrent-stacking {depths}: out of range; at most {MOST_LAYERS} depths")
     if factorized_dim and not 0 < factorized_dim < width:
         raise ConfigError(
             f"--{side}-factorized-embed-dim {factorized_dim}: must be over 0 and less than --{side}-embed-dim "
