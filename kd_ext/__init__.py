@@ -1,5 +1,14 @@
 """Knowledge distillation for fairseq. Importing the package registers its task and criterion."""
 
+import os
+import sys
+
+if __name__ != "kd_ext":  # a link or a copy: its modules, which import each other as kd_ext, would register twice
+    _real = os.path.realpath(__path__[0])
+    _remedy = f"name {_real}" if os.path.basename(_real) == "kd_ext" else "rename it"
+    print(f"kd_ext: error: --user-dir {__path__[0]}: the folder must be called kd_ext; {_remedy}", file=sys.stderr)
+    sys.exit(2)
+
 from kd_ext.upstream import early
 
 early.apply()

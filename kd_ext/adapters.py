@@ -112,9 +112,9 @@ def merge(path: str, adapters: Sequence[str], output: str) -> str:
 
     Raises:
         ConfigError: if a file is no adapter, is of another base, or contradicts what is there. If `output` is there,
-            and is no checkpoint, or one of those that are read
+            and was not written by this, or is one of those that are read
     """
-    target = check_output(output, [path, *adapters], _read_checkpoint)
+    target = check_output(output, [path, *adapters], _check_is_merged)
     state = _read_checkpoint(path)
     model, settings = dict(state["model"]), model_settings(state)
     _use_our_architecture(path, settings)
@@ -226,6 +226,15 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
     if not isinstance(state, dict) or not _has_model(state):
         raise ConfigError(f"{path}: not a checkpoint of fairseq: it has no settings or no model")
     return state
+
+
+def _check_is_merged(path: str) -> None:
+    """A run's checkpoint trains an adapter or has none, or has an optimizer's state: none of it can be made again."""
+    state = _read_checkpoint(path)
+    has_adapters = any(_ids(state["model"], side) for side in SIDES)
+    is_trained = any(get(model_settings(state), f"{side}_train_adapter") for side in SIDES)
+    if not has_adapters or is_trained or state.get("last_optimizer_state"):
+        raise ConfigError(f"{path}: a checkpoint of a run")
 
 
 def _has_model(state: Dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import pickle
+import shutil
 import stat
 from argparse import Namespace
 from pathlib import Path
@@ -374,9 +375,16 @@ def test_nothing_of_another_kind_is_replaced(tmp_path, base, trained, hi):
     for output in (str(notes), str(tmp_path / "link"), base[0]):
         with pytest.raises(ConfigError, match=f"^{output}: is there, and not what this command writes; name another"):
             tool.main(["export", own, "hi", output])
-    for output in (str(notes), str(tmp_path / "link")):
+    tool.main(["merge", base[0], hi[0], "--output", str(tmp_path / "merged.pt")])
+    going_on = {**read(tmp_path / "merged.pt"), "last_optimizer_state": {"state": {}}}
+    torch.save(going_on, tmp_path / "going_on.pt")  # of a run that trains a merged checkpoint's base further
+    shutil.copy(base[0], tmp_path / "base_of_others.pt")
+    of_runs = [trained["ta"][0], str(tmp_path / "going_on.pt"), str(tmp_path / "base_of_others.pt")]
+    content = [Path(path).read_bytes() for path in of_runs]
+    for output in (str(notes), str(tmp_path / "link"), *of_runs):
         with pytest.raises(ConfigError, match=f"^{output}: is there, and not what this command writes; name another"):
             tool.main(["merge", base[0], hi[0], "--output", output])
+    assert [Path(path).read_bytes() for path in of_runs] == content
     assert notes.read_text() == "notes"
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 

@@ -187,6 +187,15 @@ WRONG = {
     "zero": ({"decoder_adapter_reduction_factor": 0}, "--decoder-adapter-reduction-factor 0: must be from 1 to"),
     "quote": ({"encoder_adapter_ids": "${oc}"}, "'.{oc}' cannot be an id"),
     "number": ({"encoder_adapter_ids": 1}, "--encoder-adapter-ids 1: not a name but a int: quote"),
+    "list": ({"adapter_activation_fn": ["relu"]}, r"--adapter-activation-fn \['relu'\]: is a list; give a name"),
+    "factor": (
+        {"encoder_adapter_reduction_factor": 2.5},
+        "--encoder-adapter-reduction-factor 2.5: is a float; give a whole number, without quotes",
+    ),
+    "switch": (
+        {"decoder_adapter_use_gating": "false"},
+        "--decoder-adapter-use-gating 'false': is a str; give true or false, without quotes",
+    ),
     "norwegian": ({"encoder_train_adapter": False}, "--encoder-train-adapter False: not a name but a bool: quote"),
     "activation": (
         {"adapter_activation_fn": "swish"},

@@ -152,6 +152,18 @@ def test_layerdrop_pruning_still_works():
         build(encoder_layers_to_keep="0,1", decoder_recurrent_stacking=3)
 
 
+@pytest.mark.parametrize("name", ["encoder_recurrent_stacking", "decoder_factorized_embed_dim"])
+@pytest.mark.parametrize("value", ["3", 2.0, None, True])
+def test_numbers_of_another_type_are_told(name, value):
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} {value!r}: is a .*; give a whole number"):
+        build(**{name: value})
+
+
+def test_depths_that_no_checkpoint_may_have_are_told():
+    with pytest.raises(ConfigError, match="--encoder-recurrent-stacking 1000000000: out of range; at most 1000 depths"):
+        build(encoder_recurrent_stacking=10**9)
+
+
 def test_negative_depths_are_told():
     with pytest.raises(ConfigError, match="--decoder-recurrent-stacking -2: negative"):
         build(decoder_recurrent_stacking=-2)

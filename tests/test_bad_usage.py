@@ -9,8 +9,12 @@ import torch
 from commands import PLUGIN, run
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
 from corpus import preprocess
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from omegaconf import OmegaConf
 
+from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.files import trained_with
+from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
 
 def assert_refused(result, save_dir, *parts):
@@ -44,7 +48,11 @@ WITH_TEACHER = {
         f"{LANGUAGES}{'0' * 13} --kd-queue-window shared",
         ["too large: 1 queue of it, 8 bytes a token", "at most"],
     ),
-    "temperature 0": ("--kd-temperature 0", ["--kd-temperature 0.0", "over 0"]),
+    "temperature 0": ("--kd-temperature 0", ["--kd-temperature 0.0", "from 0.01 to 1000"]),
+    "temperature that is finite": ("--kd-temperature 1e200", ["--kd-temperature 1e+200", "from 0.01 to 1000"]),
+    "smoothing over 1": ("--label-smoothing 1.5", ["--label-smoothing 1.5", "[0, 1)"]),
+    "smoothing under 0": ("--label-smoothing=-0.1", ["--label-smoothing -0.1", "[0, 1)"]),
+    "smoothing that is no number": ("--label-smoothing nan", ["--label-smoothing nan", "[0, 1)"]),
     "prefix under 0": ("--ignore-prefix-size=-1", ["--ignore-prefix-size -1", "0 for none"]),
     "no such tag": (
         "--kd-strategy global_language_wise --kd-rate 0.5 --kd-queue-size 9 --kd-language-tag <2",
@@ -85,10 +93,44 @@ def test_the_criterion_with_another_task(train, tmp_path):
     assert_refused(result, tmp_path, "--criterion label_smoothed_cross_entropy_with_kd", "translation_with_kd")
 
 
-def test_a_teacher_with_another_criterion(train, teacher, tmp_path):
+OTHER_CRITERION = [
+    "--teacher-checkpoint-path TEACHER",
+    "--kd-strategy global_level, --teacher-user-dir no/where, --teacher-ema, --teacher-dtype bfloat16",
+    "--kd-language-tags xx,yy",
+]
+
+
+@pytest.mark.parametrize("typed", OTHER_CRITERION)
+def test_flags_of_distilling_with_another_criterion(train, teacher, tmp_path, typed):
+    typed = typed.replace("TEACHER", str(teacher))
     flags = ["--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy"]
-    result = train(tmp_path, *flags, "--teacher-checkpoint-path", teacher)
-    assert_refused(result, tmp_path, teacher, "label_smoothed_cross_entropy_with_kd")
+    result = train(tmp_path, *flags, *typed.replace(", ", " ").split())
+    expected = f"{typed}: --criterion label_smoothed_cross_entropy distils nothing"
+    assert_refused(result, tmp_path, expected, "use --criterion label_smoothed_cross_entropy_with_kd")
+
+
+def test_another_criterion_where_nothing_is_distilled(data):
+    """Its flags left alone, or in the settings of a checkpoint that is validated."""
+    other = OmegaConf.create({"_name": "label_smoothed_cross_entropy", "sentence_avg": False})
+    for is_training, given in ((True, {}), (False, {"kd_strategy": "global_level", "teacher_checkpoint_path": "x.pt"})):
+        task = TranslationWithKDTask.setup_task(TranslationWithKDConfig(data=str(data), **given))
+        task._builds_student = is_training
+        assert type(task.build_criterion(other)) is LabelSmoothedCrossEntropyCriterion
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_what_has_no_effect_with_alpha_0(data, caplog, is_training):
+    given = {"teacher_checkpoint_path": "no/x.pt", "teacher_cache_dir": "no/cache", "teacher_ema": True}
+    every = "--teacher-checkpoint-path no/x.pt, --teacher-ema, --teacher-cache-dir no/cache, --kd-temperature 4.0"
+    for flags, temperature, said in ((given, 4.0, every), ({}, 1.0, None)):
+        caplog.clear()
+        task = TranslationWithKDTask.setup_task(TranslationWithKDConfig(data=str(data), **flags))
+        task._builds_student = is_training
+        LabelSmoothedCrossEntropyWithKD(task, False, 0.1, alpha=0.0, kd_temperature=temperature)
+        expected = f"no effect with --alpha 0, by which nothing is distilled: {said}"
+        assert [r.getMessage() for r in caplog.records if "no effect" in r.getMessage()] == (
+            [expected] if said and is_training else []
+        )
 
 
 # what is given, and parts of the one line

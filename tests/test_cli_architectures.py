@@ -152,6 +152,34 @@ def test_wrong_use_is_one_line(train, teacher, adapted, data, tmp_path):
     assert misfit.startswith("kd_ext: error: --load-checkpoint-liberally: no parameter of the checkpoint fits")
 
 
+@pytest.mark.parametrize(
+    ("start", "line"),
+    [
+        ([], "--encoder-train-adapter hi: there is no checkpoint to begin with, and what is frozen would stay at its "),
+        (
+            ["--restore-file", "none/checkpoint_best.pt", *RESET, "--load-checkpoint-liberally"],
+            "--restore-file none/checkpoint_best.pt: no such file, and what --encoder-train-adapter hi freezes would ",
+        ),
+        (["--continue-once", "none.pt"], "--continue-once none.pt: no such file, and what --encoder-train-adapter hi "),
+    ],
+)
+def test_without_a_base(train, tmp_path, start, line):
+    """It would be random, and stay so."""
+    result = train(tmp_path, *CRITERION, *adapter_flags("hi"), *start, "--max-update", "1", arch="transformer_adapter")
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {line}")
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_random_weights_are_trained_if_nothing_is_frozen(train, tmp_path):
+    flags = [f"--{side}-{name}" for side in SIDES for name in ("add-adapters", "adapter-ids=hi")]
+    start = ["--restore-file", "none.pt"]
+    result = train(tmp_path, *CRITERION, *flags, *start, "--max-update", "1", arch="transformer_adapter")
+    assert result.returncode == 0, result.output
+    assert "--restore-file none.pt: no such file; training begins from random weights" in result.output
+
+
 def test_another_adapter_in_the_same_folder(train, teacher, tmp_path):
     """It would go on from the optimizer's state of the first."""
     start = [*CRITERION, *FLAGS, "--finetune-from-model", teacher]
@@ -170,9 +198,13 @@ def test_another_adapter_in_the_same_folder(train, teacher, tmp_path):
 
 
 def test_distillation_from_and_into_everything_at_once(train, distil, generate, tmp_path):
-    everything = [*adapter_flags("hi", ids="hi,ta"), "--share-all-embeddings", "--encoder-adapter-use-gating"]
+    compact = ["--share-all-embeddings"]
     for side in SIDES:
-        everything += [f"--{side}-recurrent-stacking", "3", f"--{side}-factorized-embed-dim", "6"]
+        compact += [f"--{side}-recurrent-stacking", "3", f"--{side}-factorized-embed-dim", "6"]
+    everything = [*compact, *adapter_flags("hi", ids="hi,ta"), "--encoder-adapter-use-gating"]
+    base = train(tmp_path / "base", *CRITERION, *compact, "--max-update", "10", arch="transformer_ext")
+    assert base.returncode == 0, base.output
+    everything += ["--finetune-from-model", tmp_path / "base" / "checkpoint_last.pt", "--load-checkpoint-liberally"]
     first = train(tmp_path / "teacher", *CRITERION, *everything, "--max-update", "10", arch="transformer_ext")
     assert first.returncode == 0, first.output
     teacher = tmp_path / "teacher" / "checkpoint_last.pt"

@@ -153,6 +153,10 @@ WITHOUT_SACREMOSES = (
     "import sys; sys.modules['sacremoses'] = None; from fairseq.data.encoders import moses_tokenizer as moses; "
     "moses.MosesTokenizer(moses.MosesTokenizerConfig())"
 )
+OF_ANOTHER_TYPE = (
+    "from fairseq.dataclass import configs, utils; from omegaconf import OmegaConf; "
+    "utils.merge_with_parent(configs.CommonConfig(), OmegaConf.create({'seed': '1e6'}))"
+)
 IN_A_WORKER = """
 import torch.multiprocessing, kd_ext
 from fairseq import utils
@@ -170,6 +174,11 @@ torch.multiprocessing.start_processes(work, nprocs=1, start_method="fork")
             WITHOUT_SACREMOSES,
             "kd_ext: error: Please install Moses tokenizer with: pip install sacremoses; "
             "or give no 'moses' to --eval-bleu-detok or --tokenizer",
+        ),
+        (
+            OF_ANOTHER_TYPE,
+            "kd_ext: error: seed: Value '1e6' could not be converted to Integer; mend it in the recipe or on the "
+            "command line",
         ),
         ("raise ValueError('of --somebody else')", "ValueError: of --somebody else"),  # not by fairseq
     ],

@@ -4,11 +4,17 @@ import functools
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from commands import ROOT, run, run_as_typed
 from conftest import load
+from omegaconf import OmegaConf
 from test_cli_inference import hypotheses
+
+from kd_ext.errors import ConfigError
+from kd_ext.models.same_function import settings_read
+from kd_ext.upstream.misspelt_settings import _check
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 WIDTHS = {"layers": 2, "embed_dim": 16, "ffn_embed_dim": 32, "attention_heads": 2}
@@ -132,6 +138,38 @@ def test_a_misspelt_setting_is_shown(arguments, tmp_path):
     assert "etype" not in result.output
 
 
+MISSPELT = {
+    "+model.dropuot=0.5": "model.dropuot: no setting of transformer_ext; near to it: dropout",
+    "+model.zzz=null": "model.zzz: no setting of transformer_ext; leave it out",
+}
+
+
+@pytest.mark.parametrize("override", MISSPELT)
+def test_a_misspelt_setting_of_a_model_is_one_line(arguments, tmp_path, override):
+    """No dataclass says which there are."""
+    result = run(tmp_path / "log", "fairseq-hydra-train", *arguments("teacher", tmp_path, override))
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {MISSPELT[override]}")
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["transformer_ext", "transformer_adapter_tiny"])
+def test_what_a_trainer_takes_for_a_setting_of_a_model(name):
+    def check(**settings):
+        cfg = OmegaConf.create({"_name": name, **settings})
+        _check(cfg)  # as in a recipe
+        _check(None)
+
+    check()
+    check(arch=name, **dict.fromkeys(settings_read(Namespace(_name=name))))
+    for key, close in (("encoder_train_adaptor", "encoder_train_adapter"), ("encoder_layer", "encoder_layers")):
+        with pytest.raises(ConfigError, match=f"model.{key}: no setting of {name}; near to it: .*{close}"):
+            check(**{key: "hi"})
+    _check(OmegaConf.create({"_name": "transformer", "zzz": 1}))  # is not ours
+    _check(Namespace(_name=name, zzz=1))  # of a command line, which has said so
+
+
 def test_a_wrong_setting_is_an_error_of_one_line(arguments, tmp_path):
     wrong = ["criterion.kd_rate=50", "task.teacher_checkpoint_path=nowhere.pt"]
     result = run_as_typed("fairseq-hydra-train", *arguments("batch_level", tmp_path, *wrong))
@@ -145,11 +183,18 @@ def test_a_wrong_setting_is_an_error_of_one_line(arguments, tmp_path):
     [
         ([], "kd_ext: error: Missing mandatory value: task.teacher_checkpoint_path; the recipe leaves it open (???)"),
         # what hydra-core 1.0 would not show on Python >= 3.10
-        (["criterion.kd_rate=half", "task.teacher_checkpoint_path=t.pt"], "ValidationError: Value 'half' could not"),
+        (
+            ["criterion.kd_rate=half", "task.teacher_checkpoint_path=t.pt"],
+            "kd_ext: error: kd_rate: Value 'half' could not be converted to Float; mend it in the recipe or on the",
+        ),
+        (
+            ["task.teacher_checkpoint_path=t.pt", "+model.encoder_recurrent_stacking=2.0"],
+            "kd_ext: error: --encoder-recurrent-stacking 2.0: is a float; give a whole number, without quotes",
+        ),
     ],
 )
 def test_other_errors_are_shown(arguments, tmp_path, overrides, expected):
     result = run(tmp_path / "log", "fairseq-hydra-train", *arguments("batch_level", tmp_path, *overrides))
     assert result.returncode != 0
-    assert expected in result.output
-    assert "etype" not in result.output
+    assert result.last_line.startswith(expected)
+    assert "Traceback" not in result.output

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from commands import ENVIRONMENT, Forked, Result, launcher, run, script
@@ -15,6 +16,7 @@ from conftest import KD, SIZES, TRAINING
 
 from kd_ext.errors import ConfigError
 from kd_ext.files import folder_lock
+from kd_ext.upstream.held_folder import _check_inputs
 
 UPSTREAM = ["--criterion", "label_smoothed_cross_entropy"]
 ENDLESS = [*UPSTREAM, "--max-epoch", 10**6, "--save-interval-updates", 1, "--keep-interval-updates", 1]
@@ -176,3 +178,96 @@ def test_what_is_read_does_not_lie_where_the_run_writes(train, teacher, tmp_path
     flags = [*KD, "--teacher-checkpoint-path", folder / "checkpoint_best.pt"]
     result = train(tmp_path / "log", "--save-dir", folder, "--max-update", 2, *flags)
     assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {folder}/checkpoint_best.pt: the run")
+
+
+@pytest.mark.parametrize("form", ["hi={own},...={base}", "ta={base},...={base}:{own}", "hi = {base}\n... = {own}\n"])
+def test_a_teacher_of_a_language_does_not_lie_where_the_run_writes(train, teacher, tmp_path, form):
+    """On the command line and in a file of such lines; a folder may have a '=' in its name."""
+    folder = tmp_path / "b=1"
+    folder.mkdir()
+    own = shutil.copy(teacher, folder / "checkpoint_best.pt")
+    given = form.format(own=own, base=teacher)
+    if "\n" in given:
+        (tmp_path / "teachers.txt").write_text(given)
+        given = tmp_path / "teachers.txt"
+    result = train(tmp_path / "log", *KD, "--save-dir", folder, "--max-update", 2, "--teacher-checkpoint-path", given)
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {own}: the run would write over it")
+    assert own.read_bytes() == teacher.read_bytes()
+
+
+RESET = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
+
+
+def test_a_link_to_what_is_read_is_not_written_through(train, teacher, tmp_path):
+    """Copies of checkpoints go to what a link points to."""
+    folder, base = tmp_path / "run", tmp_path / "base.pt"
+    folder.mkdir()
+    shutil.copy(teacher, base)
+    (folder / "checkpoint_best.pt").symlink_to(base)
+    for flag, flags in (
+        ("--teacher-checkpoint-path", [*KD, "--teacher-checkpoint-path", base]),
+        ("--restore-file", [*UPSTREAM, "--restore-file", base, *RESET]),
+    ):
+        result = train(tmp_path / "log", "--save-dir", folder, "--max-update", 2, *flags)
+        assert result.returncode != 0
+        assert result.last_line == (
+            f"kd_ext: error: {flag} {base}: the run would write over it, as {folder}/checkpoint_best.pt; name another "
+            f"--save-dir than {folder}"
+        )
+        assert base.read_bytes() == teacher.read_bytes()
+
+
+# the flags of what is read, and whether a run in that folder would write over it
+READ = [
+    ({"restore_file": "run/checkpoint_best.pt", "reset_optimizer": True}, True),
+    ({"restore_file": "link/checkpoint3.pt", "reset_optimizer": True}, True),
+    ({"restore_file": "run/base.pt", "reset_optimizer": True}, False),
+    ({"restore_file": "other/checkpoint_last.pt", "reset_optimizer": True}, False),
+    ({"restore_file": "run/none.pt", "reset_optimizer": True}, False),
+    # these go on, or begin anew from where they would go on
+    ({"restore_file": "run/checkpoint_best.pt"}, False),
+    ({"reset_optimizer": True}, False),
+    ({"restore_file": "run/checkpoint_last.pt", "reset_optimizer": True}, False),
+    ({"restore_file": "run/./checkpoint_last.pt", "reset_optimizer": True}, False),
+    ({"finetune_from_model": "run/checkpoint_best.pt"}, False),
+    ({"teacher": "to_best.pt"}, True),
+    ({"teacher": "run/crash.pt"}, True),
+    ({"teacher": "other/checkpoint_last.pt:run/checkpoint3.pt"}, True),
+    ({"teacher": "hi=other/checkpoint_last.pt"}, False),
+    ({"teacher": "other/checkpoint_last.pt"}, False),
+]
+
+
+@pytest.mark.parametrize(("flags", "is_written"), READ)
+def test_what_a_run_would_write_over(tmp_path, monkeypatch, flags, is_written):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/checkpoint_best.pt", "run/checkpoint3.pt", "run/checkpoint_last.pt", "run/base.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "run" / "crash.pt").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoint_last.pt").touch()
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "to_best.pt").symlink_to("run/checkpoint_best.pt")
+    flags = {"restore_file": "checkpoint_last.pt", "reset_optimizer": False, "finetune_from_model": None, **flags}
+    task = SimpleNamespace(teacher_checkpoint_path=flags.pop("teacher", None))
+    cfg = SimpleNamespace(task=task, checkpoint=SimpleNamespace(save_dir="run", **flags))
+    if is_written:
+        with pytest.raises(ConfigError, match="the run would write over it, as run/c"):
+            _check_inputs(cfg)
+    else:
+        _check_inputs(cfg)
+
+
+def test_a_run_that_is_started_as_a_module_reads_nothing_where_it_writes(data, teacher, tmp_path):
+    """What trains is then called __main__: it ends as early, and an error of fairseq's flags is one line there, too."""
+    command = [sys.executable, "-m", "fairseq_cli.train", data, *TRAINING, "--arch", "transformer", *SIZES]
+    result = as_typed(*command, *KD, "--teacher-checkpoint-path", teacher, "--save-dir", teacher.parent)
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: --teacher-checkpoint-path {teacher}: the run would write over")
+    assert "loaded teacher" not in result.output
+    command[command.index("--max-tokens")] = "--max-update"
+    result = as_typed(*command, *UPSTREAM, "--save-dir", tmp_path)
+    assert result.returncode != 0
+    assert result.last_line.startswith("kd_ext: error: Must specify batch size")

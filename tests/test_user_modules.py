@@ -1,5 +1,7 @@
 """A user's own module beside this plugin: one folder that imports both."""
 
+import shutil
+
 import pytest
 import torch
 from commands import ROOT, run, run_as_typed
@@ -65,6 +67,20 @@ def test_two_folders_in_a_command(data, both, given):
     assert plugin in result.output
     assert own in result.output
     assert "imports one folder" in result.output
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_the_plugin_by_another_name(data, tmp_path, is_link):
+    plugin, other = ROOT / "kd_ext", tmp_path / "plugin"
+    if is_link:
+        other.symlink_to(plugin)
+    else:
+        shutil.copytree(plugin, other, ignore=shutil.ignore_patterns("__pycache__"))
+    result = run(tmp_path / "log", "fairseq-train", data, "--user-dir", other, "--arch", "transformer")
+    assert result.returncode == 2
+    remedy = f"name {plugin}" if is_link else "rename it"
+    assert result.last_line == f"kd_ext: error: --user-dir {other}: the folder must be called kd_ext; {remedy}"
+    assert "Traceback" not in result.output
 
 
 def test_the_same_folder_twice(data, teacher):

@@ -24,7 +24,7 @@ from kd_ext.modules.fetched import Fetched
 from kd_ext.modules.positions import Positions, true_first
 from kd_ext.modules.share_watch import UPDATES, ShareWatch
 from kd_ext.modules.token_selection import WINDOWS, SharedWindow, Tally, TokenSelector, selector_class
-from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
+from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask, given_flags
 from kd_ext.upstream.command_line import list_flags
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,9 @@ class LabelSmoothedCrossEntropyWithKDConfig(LabelSmoothedCrossEntropyCriterionCo
         default=1.0,
         metadata={"help": "temperature T of both softmaxes of the distillation term, which is multiplied by T^2"},
     )
+
+
+TEMPERATURES = (0.01, 1000)  # softmaxes beyond them are one word, or uniform, and T^2 gets out of float32
 
 
 list_flags(LabelSmoothedCrossEntropyWithKDConfig, f"--criterion {CRITERION}")
@@ -160,6 +163,8 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         if not isinstance(task, TranslationWithKDTask):
             name = getattr(task.cfg, "_name", None) or type(task).__name__
             raise ConfigError(f"--criterion {CRITERION} works with --task translation_with_kd, not with --task {name}")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"--label-smoothing {label_smoothing}: out of range; a number in [0, 1)")
         if ignore_prefix_size < 0:
             raise ConfigError(f"--ignore-prefix-size {ignore_prefix_size}: negative; a number of tokens, or 0 for none")
         strategy = task.cfg.kd_strategy
@@ -406,11 +411,17 @@ def _check_flags(strategy, alpha, rate, queue_size, window, temperature, task) -
     for flag, value, is_unused in unused:
         if is_unused:
             logger.warning("%s %s has no effect with --kd-strategy %s", flag, value, strategy)
+    if kind.uses_alpha and alpha == 0 and task.trains:
+        given = [flag for flag in given_flags(task.cfg) if flag.startswith("--teacher")]
+        given += [f"--kd-temperature {temperature}"] if temperature != 1 else []
+        if given:
+            logger.warning("no effect with --alpha 0, by which nothing is distilled: %s", ", ".join(given))
 
 
 def check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"--kd-temperature {temperature}: out of range; a number over 0")
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ConfigError(f"--kd-temperature {temperature}: out of range; a number from {low} to {high}")
 
 
 def _check_memory(queue_size: int, queues: int, token_bytes: int) -> None:

@@ -9,6 +9,7 @@ from fairseq.dataclass import FairseqDataclass
 from torch import nn
 
 from kd_ext.errors import ConfigError
+from kd_ext.files.settings import MOST_LAYERS
 from kd_ext.modules.adapter import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ SIDES = ("encoder", "decoder")
 NO_ADAPTER = "none"
 # "none" is for --activate-*-adapter; the others are attributes that a set of adapters, a module, assigns to
 RESERVED_IDS = (NO_ADAPTER, "active", *vars(nn.Module()))
+_WANTED = {int: "a whole number, without quotes", bool: "true or false, without quotes", str: "a name"}
 
 
 @dataclass
@@ -110,6 +112,7 @@ def read_extensions(args: Namespace) -> Extensions:
     Raises:
         ConfigError: naming the flag, its value and what would work
     """
+    _check_types(args)
     if args.adapter_activation_fn not in ACTIVATIONS:
         raise ConfigError(
             f"--adapter-activation-fn {args.adapter_activation_fn}: unknown; one of {', '.join(ACTIVATIONS)}"
@@ -126,6 +129,19 @@ def read_extensions(args: Namespace) -> Extensions:
     return Extensions(encoder, decoder, args.load_checkpoint_liberally)
 
 
+def _check_types(args: Namespace) -> None:
+    """A recipe's values, and those from Python, are of whatever type they were written in."""
+    flags = {flag.name: flag for flag in _flags(ExtensionFlags) if flag.name not in SIDES}
+    flags.update({f"{side}_{flag.name}": flag for side in SIDES for flag in _flags(SideFlags)})
+    for name, flag in flags.items():
+        value = getattr(args, name)
+        is_right = value in (True, False, None) if flag.type is bool else type(value) is flag.type
+        if flag.type in _WANTED and not is_right:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value!r}: is a {type(value).__name__}; give {_WANTED[flag.type]}"
+            )
+
+
 def _read_side(args: Namespace, side: str) -> SideSettings:
     def value(name):
         return getattr(args, f"{side}_{name}")
@@ -133,6 +149,8 @@ def _read_side(args: Namespace, side: str) -> SideSettings:
     depths, factorized_dim, width = value("recurrent_stacking"), value("factorized_embed_dim"), value("embed_dim")
     if depths < 0:
         raise ConfigError(f"--{side}-recurrent-stacking {depths}: negative; a number of depths, or 0 for off")
+    if depths > MOST_LAYERS:  # no checkpoint of it could be read
+        raise ConfigError(f"--{side}-recurrent-stacking {depths}: out of range; at most {MOST_LAYERS} depths")
     if factorized_dim and not 0 < factorized_dim < width:
         raise ConfigError(
             f"--{side}-factorized-embed-dim {factorized_dim}: must be over 0 and less than --{side}-embed-dim "

@@ -114,6 +114,11 @@ class TransformerExtModel(TransformerModel):
         for adapters, adapter_id in chosen:
             adapters.active = adapter_id
 
+    @property
+    def frozen_by(self) -> Optional[str]:
+        """The flag that froze all but an adapter; None if the base is trained."""
+        return next((f"--{side}-train-adapter {name}" for side, name in self._trained_ids.items() if name), None)
+
     def check_resumed(self, path: str, settings: Any) -> None:
         """See that a checkpoint's run trained the adapters that this one trains: its optimizer's state is of those.
 

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from fairseq import utils
@@ -85,6 +85,17 @@ class TranslationWithKDConfig(TranslationConfig):
 list_flags(TranslationWithKDConfig, "--task translation_with_kd")
 
 
+def given_flags(cfg: Any) -> List[str]:
+    """Those of this task's own flags that ask for something, with their values, as they are typed."""
+    fields = TranslationWithKDConfig.__dataclass_fields__
+    values = {name: getattr(cfg, name) for name in TranslationWithKDConfig.__annotations__}
+    return [
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+        for name, value in values.items()
+        if value not in (None, "", fields[name].default)
+    ]
+
+
 @register_task("translation_with_kd", dataclass=TranslationWithKDConfig)
 class TranslationWithKDTask(TranslationTask):
     """Translation whose training is guided by a frozen teacher.
@@ -133,12 +144,13 @@ class TranslationWithKDTask(TranslationTask):
         return super().build_model(cfg, from_checkpoint)
 
     def build_criterion(self, cfg):
-        for name in ("teacher_checkpoint_path", "teacher_cache_dir"):
-            if getattr(self.cfg, name) and cfg._name != CRITERION:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {getattr(self.cfg, name)}: --criterion {cfg._name} "
-                    f"has no use for a teacher; use --criterion {CRITERION}"
-                )
+        # validation takes the settings of the checkpoint, and any criterion
+        unused = given_flags(self.cfg) if self.trains and cfg._name != CRITERION else []
+        if unused:
+            raise ConfigError(
+                f"{', '.join(unused)}: --criterion {cfg._name} distils nothing, and has no use for that; use "
+                f"--criterion {CRITERION}, or leave it out"
+            )
         return super().build_criterion(cfg)
 
     @property

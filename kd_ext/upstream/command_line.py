@@ -119,8 +119,8 @@ def _of_unknown(parser: argparse.ArgumentParser, flag: str) -> str:
     own = _own_flags(parser)
     if flag in own:
         return f"{flag}: not without {own[flag].owner}"
-    near = _near(flag, [*parser._option_string_actions, *own])
-    return f"{flag}: no such flag{near or '; --help lists all'}"
+    known = [*parser._option_string_actions, *own]
+    return f"{flag}: no such flag{near(flag, known) or '; --help lists all'}"
 
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -128,13 +128,13 @@ def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     match = re.match(r"argument ([^/:\s]+)\S*: invalid choice: ('[^']*'|\S+)", message)
     action: Optional[argparse.Action] = parser._option_string_actions.get(match[1]) if match else None
     if match and action is not None and action.choices is not None and len(list(action.choices)) > 10:
-        near = _near(match[2].strip("'\""), list(action.choices))
         value = match[2].strip("'\"")
-        message = f"{match[1]} {value}: unknown{near or '; nothing is near to it'}"
+        message = f"{match[1]} {value}: unknown{near(value, list(action.choices)) or '; nothing is near to it'}"
     _end(message)
 
 
-def _near(word: str, words: List[str]) -> str:
+def near(word: str, words: List[str]) -> str:
+    """The end of a message on a `word`: those of the known `words` that are near to it; empty where none is."""
     found = difflib.get_close_matches(word, sorted(set(words)), n=3)
     return f"; near to it: {', '.join(found)}" if found else ""
 

@@ -4,9 +4,10 @@ import functools
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, Dict, List, Optional
 
 from fairseq import checkpoint_utils, utils
+from fairseq.dataclass.initialize import add_defaults
 from fairseq.distributed.utils import is_master
 from fairseq.file_io import PathManager
 
@@ -24,11 +25,11 @@ def apply() -> None:
     over it. Of several workers the one takes it that writes. A run with ``--no-save`` does not, and may share it.
 
     ``add_defaults`` is the first that fairseq's training calls with its whole configuration; where that was imported
-    after this plugin, the folder is taken before a checkpoint is looked for.
+    after this plugin, or is a program of the user's, the folder is taken before a checkpoint is looked for.
     """
-    training = sys.modules.get("fairseq_cli.train")
-    if training is not None and not getattr(training.add_defaults, "_kd_ext", False):
-        training.add_defaults = _holding(training.add_defaults)  # type: ignore[attr-defined]
+    for training in map(sys.modules.get, ("__main__", "fairseq_cli.train")):  # the former by python -m, or as a file
+        if getattr(training, "add_defaults", None) is add_defaults:
+            training.add_defaults = _holding_add_defaults  # type: ignore[union-attr]
     original = checkpoint_utils.load_checkpoint
     if getattr(original, "_kd_ext_holds", False):
         return
@@ -36,6 +37,7 @@ def apply() -> None:
     @functools.wraps(original)
     def load_checkpoint(cfg, trainer, **kwargs):
         if getattr(trainer, "data_parallel_rank", None) == 0 and not cfg.no_save:  # fairseq itself takes any trainer
+            _check_inputs(trainer.cfg)
             _hold(cfg.save_dir)
         return original(cfg, trainer, **kwargs)
 
@@ -43,16 +45,11 @@ def apply() -> None:
     checkpoint_utils.load_checkpoint = load_checkpoint
 
 
-def _holding(original: Any) -> Any:
-    @functools.wraps(original)
-    def add_defaults(cfg):
-        original(cfg)
-        if is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
-            _check_inputs(cfg)
-            _hold(cfg.checkpoint.save_dir)
-
-    add_defaults._kd_ext = True  # type: ignore[attr-defined]
-    return add_defaults
+def _holding_add_defaults(cfg: Any) -> None:
+    add_defaults(cfg)
+    if is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
+        _check_inputs(cfg)
+        _hold(cfg.checkpoint.save_dir)
 
 
 def _hold(folder: str) -> None:
@@ -63,12 +60,41 @@ def _hold(folder: str) -> None:
 
 def _check_inputs(cfg: Any) -> None:
     """See that no teacher, and no checkpoint to begin with, is under a name that the run writes."""
-    folder = cfg.checkpoint.save_dir
-    read = {"--teacher-checkpoint-path": getattr(cfg.task, "teacher_checkpoint_path", None)}
-    if not os.path.exists(os.path.join(folder, "checkpoint_last.pt")):  # else it begins with that one
-        read["--finetune-from-model"] = cfg.checkpoint.finetune_from_model
-    for flag, value in read.items():
-        for path in utils.split_paths(value or ""):
-            is_beside = os.path.realpath(os.path.dirname(path) or ".") == os.path.realpath(folder)
-            if is_beside and _WRITTEN.fullmatch(os.path.basename(path)) and os.path.isfile(path):
-                raise ConfigError(f"{flag} {path}: the run would write over it; name another --save-dir than {folder}")
+    folder, restored = cfg.checkpoint.save_dir, cfg.checkpoint.restore_file
+    own = os.path.join(folder, "checkpoint_last.pt")
+    read = {"--teacher-checkpoint-path": _teachers(getattr(cfg.task, "teacher_checkpoint_path", None))}
+    if not os.path.exists(own):  # else it begins with that one
+        read["--finetune-from-model"] = utils.split_paths(cfg.checkpoint.finetune_from_model or "")
+    # a run goes on in its own folder from any file there, and begins anew there from its last one alone
+    is_last = restored == "checkpoint_last.pt" or os.path.abspath(restored) == os.path.abspath(own)
+    if cfg.checkpoint.reset_optimizer and not is_last:
+        read["--restore-file"] = [restored]
+    written = _written(folder)
+    for flag, paths in read.items():
+        for path in paths:
+            name = written.get(os.path.realpath(path)) if os.path.isfile(path) else None
+            if name is not None:
+                raise ConfigError(
+                    f"{flag} {path}: the run would write over it, as {os.path.join(folder, name)}; name another "
+                    f"--save-dir than {folder}"
+                )
+
+
+def _written(folder: str) -> Dict[str, str]:
+    """Of the files that a run in `folder` replaces the names there: what a link points to is written as well."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return {os.path.realpath(os.path.join(folder, name)): name for name in names if _WRITTEN.fullmatch(name)}
+
+
+def _teachers(value: Optional[str]) -> List[str]:
+    """The paths in ``--teacher-checkpoint-path``; of teachers by language all that can be read out of it.
+
+    A language may have a '=' as well, and which ones there are is not known yet.
+    """
+    from kd_ext.teachers import assignment  # not at the top: models register themselves after every touch
+
+    entries = assignment._entries(value) if value else None
+    if entries is None:
+        return utils.split_paths(value or "")
+    named = [entry[place.end() :].strip() for entry in entries for place in re.finditer("=", entry)]
+    return [path for paths in named for path in utils.split_paths(paths)]

@@ -3,9 +3,10 @@
 import os
 import re
 import sys
+from types import FrameType
 from typing import Optional
 
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch.multiprocessing import ProcessRaisedException
 
 from kd_ext.errors import ConfigError
@@ -15,8 +16,9 @@ def apply() -> None:
     """Print an uncaught :class:`ConfigError` as a line; leave every other exception to who printed it before.
 
     Also one that was caught and raised as another: fairseq's trainer (0.12.2) turns whatever a model's
-    ``load_state_dict`` raises into a plain ``Exception``. Also a ``???`` of a recipe that was given no value, and what
-    fairseq itself has against its flags: an error of one line that names one of them, or a package to install.
+    ``load_state_dict`` raises into a plain ``Exception``. Also a ``???`` of a recipe that was given no value, a
+    setting that its dataclass does not take, and what fairseq itself has against its flags: an error of one line that
+    names one of them, or a package to install.
 
     hydra-core 1.0 catches every error and reports it itself, without this hook up to Python 3.9, and from 3.10 on
     with a TypeError of its own (``print_exception`` has no ``etype`` there). Its own switch turns that off.
@@ -44,6 +46,10 @@ _AT_ITS_END = re.compile(  # of a traceback as text: the last frame, and what wa
     r'File "[^"]*[\\/](?:fairseq|fairseq_cli)[\\/][^"]*", line \d+, in \w+\n(?:    .*\n)*'
     rf"(?:{'|'.join(kind.__name__ for kind in _KINDS)}): (.*)\s*$"
 )
+# of a recipe's setting that a dataclass does not take: its name is in another line
+_OF_A_SETTING = re.compile(
+    r"^omegaconf\.errors\.(?:ValidationError|ConfigKeyError(?=: .* not in ')): (.*)\n\s+full_key: (.*)$", re.MULTILINE
+)
 _REMEDIES = {  # by what fairseq says
     r"requires a join(ed|t) dictionary": "source and target have other words: preprocess the data, and the teacher's, "
     "by fairseq-preprocess --joined-dictionary, or leave the flag out",
@@ -55,6 +61,10 @@ _DO_NOT_FIT = "Cannot load model parameters from checkpoint"  # how the trainer'
 def _message(error: Optional[BaseException]) -> Optional[str]:
     """The line for what `error` is, or was raised from; None if that is nothing that a flag can mend."""
     outermost = error
+    if isinstance(error, OmegaConfBaseException):
+        refused = _about_a_setting(f"{type(error).__module__}.{type(error).__name__}: {error}")
+        if refused is not None:
+            return refused
     while error is not None:
         if isinstance(error, ConfigError):
             return str(error)
@@ -63,7 +73,7 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
             if lines:
                 return lines[-1]  # it was raised from those before
             at_its_end = _AT_ITS_END.search(str(error))
-            return _about_a_flag(at_its_end[1]) if at_its_end else None
+            return _about_a_flag(at_its_end[1]) if at_its_end else _about_a_setting(str(error))
         if isinstance(error, MissingMandatoryValue):
             return f"{str(error).splitlines()[0]}; the recipe leaves it open (???): name it on the command line"
         error = error.__cause__ or error.__context__
@@ -82,8 +92,13 @@ def _of_fairseq(error: Optional[BaseException]) -> Optional[str]:
     frames = error.__traceback__
     while frames.tb_next is not None:
         frames = frames.tb_next
-    package = frames.tb_frame.f_globals.get("__name__", "").split(".")[0]
-    return _about_a_flag(str(error)) if package in ("fairseq", "fairseq_cli") else None
+    return _about_a_flag(str(error)) if _package(frames.tb_frame) in ("fairseq", "fairseq_cli") else None
+
+
+def _package(frame: FrameType) -> str:
+    name = frame.f_globals.get("__name__", "")
+    is_command = name == "__main__" and os.path.basename(os.path.dirname(frame.f_code.co_filename)) == "fairseq_cli"
+    return "fairseq_cli" if is_command else name.split(".")[0]  # the former by python -m, or as a file
 
 
 def _about_a_flag(said: str) -> Optional[str]:
@@ -91,3 +106,9 @@ def _about_a_flag(said: str) -> Optional[str]:
         return None
     remedies = [remedy for what, remedy in _REMEDIES.items() if re.search(what, said)]
     return "; ".join([" ".join(said.split()).rstrip("."), *remedies])
+
+
+def _about_a_setting(traceback: str) -> Optional[str]:
+    """What omegaconf says at the end of a traceback."""
+    found = _OF_A_SETTING.findall(traceback)
+    return "{1}: {0}; mend it in the recipe or on the command line".format(*found[-1]) if found else None

@@ -1,6 +1,7 @@
-"""What tasks and models have to say when training is resumed."""
+"""What tasks and models have to say when training is resumed, or begins from nothing."""
 
 import functools
+import logging
 
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
@@ -9,6 +10,8 @@ from fairseq.trainer import Trainer
 from kd_ext.errors import ConfigError
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.upstream.checkpoints import STRIPPED
+
+logger = logging.getLogger(__name__)
 
 
 def apply() -> None:
@@ -22,6 +25,9 @@ def apply() -> None:
     weights are loaded, fairseq reports other dictionaries as another architecture or, if they are as long, not at all.
     A model that may have something against going on (``check_resumed``) is asked as well. fairseq compares no settings:
     that the weights compute what they computed before is seen here, where a run goes on, or a part of it is frozen.
+
+    Where there is no checkpoint fairseq begins from random weights, whatever ``--restore-file`` names: which are no
+    base for what a model freezes (``frozen_by``).
     """
     original, saving = Trainer.load_checkpoint, Trainer.save_checkpoint
     if getattr(original, "_kd_ext", False):
@@ -43,6 +49,8 @@ def apply() -> None:
             extra_state = original(self, filename, reset_optimizer, *args, **kwargs)
         finally:
             checkpoint_utils.load_checkpoint_to_cpu = read
+        if extra_state is None:
+            _check_random(self, filename)
         if getattr(self.task, "restores_state", False) and extra_state is not None and not reset_optimizer:
             self.task.load_state_dict(_from_rank_0(self, found))
         return extra_state
@@ -75,6 +83,25 @@ def _check(trainer, filename, state, resumes) -> None:
     is_frozen = any(not parameter.requires_grad for parameter in trainer.get_model().parameters())
     if (resumes or is_frozen) and not trainer.is_fsdp:  # which may have a part of the weights alone
         _check_function(trainer, filename, state)
+
+
+def _check_random(trainer, filename) -> None:
+    """Nothing was loaded: see that no random weights are frozen, and say if that is not what was asked for."""
+    cfg, named = trainer.cfg.checkpoint, None
+    for name in ("restore_file", "continue_once"):
+        if getattr(cfg, name, None) == filename:  # else it is the default, in --save-dir
+            named = f"--{name.replace('_', '-')} {filename}: no such file"
+    frozen_by = getattr(trainer.get_model(), "frozen_by", None)
+    random = "would stay at its initial, random values"
+    if frozen_by and named:
+        raise ConfigError(f"{named}, and what {frozen_by} freezes {random}; name the base's checkpoint")
+    if frozen_by:
+        raise ConfigError(
+            f"{frozen_by}: there is no checkpoint to begin with, and what is frozen {random}; name that of the base by "
+            "--finetune-from-model"
+        )
+    if named:
+        logger.warning("%s; training begins from random weights", named)
 
 
 def _check_function(trainer, filename, state) -> None:
