@@ -4,6 +4,7 @@ import copy
 import gc
 import random
 import re
+import shutil
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -18,6 +19,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from test_resume import is_trained
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
+from kd_ext.errors import ConfigError
 from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 from kd_ext.models.layers import is_dead
 from kd_ext.modules.positions import Positions
@@ -54,6 +56,17 @@ def upstream_probs(task, path):
 
 def test_computes_what_upstreams_model_computes(student_task, teacher):
     torch.testing.assert_close(probs(student_task, teacher), upstream_probs(student_task, teacher))
+
+
+@pytest.mark.parametrize("content", [b"w1 one\n", b"w1 1\nw1 2\n", b"\xff\xfe 1\n"])
+def test_a_damaged_dictionary_beside_it(content, student_task, teacher, data, tmp_path):
+    path = tmp_path / "model.pt"
+    shutil.copy(teacher, path)
+    shutil.copy(data / "dict.src.txt", tmp_path)
+    (tmp_path / "dict.tgt.txt").write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_teacher(Source(str(path)), student_task)
+    assert str(refused.value).startswith(f"--teacher-checkpoint-path {path}: its {tmp_path}/dict.tgt.txt: damaged, or")
 
 
 def test_without_the_dead_encoder_parameters(student_task, teacher, tmp_path):

@@ -18,7 +18,7 @@ _FORM = "hi=a.pt,ta=b.pt,...=base.pt"
 
 def is_by_language(path: Optional[str]) -> bool:
     """Whether `path` names teachers by language, or a file that does: not where it is itself a checkpoint."""
-    return bool(path) and _entries(path) is not None
+    return bool(path) and read_entries(path) is not None
 
 
 class Assignment(NamedTuple):
@@ -61,7 +61,7 @@ def read_assignment(path: str, pools: Sequence[str], names: Dict[str, int], coun
     Raises:
         ConfigError: a language that there is not, or twice, or that has no teacher
     """
-    entries = _entries(path)
+    entries = read_entries(path)
     assert entries is not None
     found: Dict[int, str] = {}
     rest = None
@@ -102,7 +102,7 @@ def _split(entry: str, names: Dict[str, int]) -> Tuple[str, str]:
     return name, entry[len(name) + 1 :].strip() if known else entry.split("=", 1)[1].strip()
 
 
-def _entries(path: str) -> Optional[List[str]]:
+def read_entries(path: str) -> Optional[List[str]]:
     """``hi=a.pt`` and so on; None: `path` is that of a teacher."""
     if os.path.exists(path):
         return _lines(path)

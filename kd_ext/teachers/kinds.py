@@ -12,6 +12,7 @@ from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf, open_dict
 
 from kd_ext.errors import ConfigError
+from kd_ext.files.dictionaries import load_dictionary
 from kd_ext.modules.input_format import BEGIN, EOS, HEAD, TAIL, InputFormat, LanguageToken
 
 FLAG = "--teacher-checkpoint-path"
@@ -100,8 +101,23 @@ class Kind:
         return [*(os.path.join(self.cfg.data, name) for name in self.dictionary_names()), *filter(None, named)]
 
     def setup(self) -> Any:
-        """The task."""
-        return tasks.setup_task(self.cfg)
+        """The task.
+
+        Raises:
+            ConfigError: a dictionary is damaged
+        """
+        try:
+            return tasks.setup_task(self.cfg)
+        except Exception:
+            self._check_dictionaries()
+            raise
+
+    def _check_dictionaries(self) -> None:
+        for name in self.dictionary_names():
+            try:
+                load_dictionary(os.path.join(self.cfg.data, name))
+            except ConfigError as error:
+                raise ConfigError(f"{FLAG} {self.path}: its {error}") from error
 
     def languages(self) -> List[str]:
         """Those that the task has tokens or models for."""

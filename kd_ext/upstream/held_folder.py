@@ -93,7 +93,7 @@ def _teachers(value: Optional[str]) -> List[str]:
     """
     from kd_ext.teachers import assignment  # not at the top: models register themselves after every touch
 
-    entries = assignment._entries(value) if value else None
+    entries = assignment.read_entries(value) if value else None
     if entries is None:
         return utils.split_paths(value or "")
     named = [entry[place.end() :].strip() for entry in entries for place in re.finditer("=", entry)]
