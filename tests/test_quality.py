@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import sys
 import types
 from pathlib import Path
@@ -290,7 +291,9 @@ def test_a_study_from_text_to_table(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(place, name, {"cpu": value})
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    variants = ["sequence, equal time", "word from a cache of 32, equal time"]
+    for logger in map(logging.getLogger, ("fairseq", "kd_ext")):  # silenced for good, for other tests as well
+        monkeypatch.setattr(logger, "setLevel", lambda level: None)
+    variants = ["alone, alpha 0, equal time", "word from a cache of 32, equal time"]
     arguments = ["run.py", "pair", "--seeds", "1", "--out", str(tmp_path / "out")]
     out = tmp_path / "out" / "cpu" / "pair"
 
@@ -311,7 +314,7 @@ def test_a_study_from_text_to_table(tmp_path, monkeypatch, capsys):
         updates = 20 * speeds[name[: -len(", equal time")]] / of_word
         assert found[name]["updates"] == str(run["updates"]) == str(max(round(updates / 10), 1) * 10)
     test = module.demo.test_pairs(out, None)
-    assert len((kept / "sequence-equal-time-seed1.txt").read_text().splitlines()) == len(test) > 10
+    assert len((kept / "alone-alpha-0-equal-time-seed1.txt").read_text().splitlines()) == len(test) > 10
 
     # again: nothing is trained, and the table is the same
     (out / "teacher" / recipes.CHECKPOINT).unlink()
