@@ -9,10 +9,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from kd_ext.errors import ConfigError
+from kd_ext.modules.recurrent_stack import MOST_LAYERS
 
 DEEPEST = 50  # fairseq's go four deep
 MOST_THINGS = 300_000  # in a whole checkpoint, tensors counted once
-MOST_LAYERS = 1_000  # each is built before weights are compared
 _PARTS = ("cfg", "args")
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic, type(None))
 _CONTAINERS = (dict, list, tuple, set)

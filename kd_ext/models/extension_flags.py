@@ -9,8 +9,8 @@ from fairseq.dataclass import FairseqDataclass
 from torch import nn
 
 from kd_ext.errors import ConfigError
-from kd_ext.files.settings import MOST_LAYERS
 from kd_ext.modules.adapter import ACTIVATIONS
+from kd_ext.modules.recurrent_stack import MOST_LAYERS
 
 logger = logging.getLogger(__name__)
 

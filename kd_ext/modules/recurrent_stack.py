@@ -4,6 +4,8 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 from torch import Tensor, nn
 
+MOST_LAYERS = 1_000  # of a side; whatever file asks for them, each is built before weights are compared
+
 
 class RepeatedLayer(nn.Module):
     """A layer once more, at a greater depth: the parameters of the `first`, and adapters of its own.

@@ -16,11 +16,12 @@ from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
-from kd_ext.teachers.assignment import is_by_language, read_assignment
+from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
 from kd_ext.teachers.load import Source, identify_teacher, load_teacher
 from kd_ext.upstream.command_line import list_flags
+from kd_ext.upstream.held_folder import list_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class TranslationWithKDConfig(TranslationConfig):
 
 
 list_flags(TranslationWithKDConfig, "--task translation_with_kd")
+list_inputs("--teacher-checkpoint-path", lambda cfg: named_paths(getattr(cfg, "teacher_checkpoint_path", None)))
 
 
 def given_flags(cfg: Any) -> List[str]:

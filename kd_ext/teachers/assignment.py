@@ -18,7 +18,19 @@ _FORM = "hi=a.pt,ta=b.pt,...=base.pt"
 
 def is_by_language(path: Optional[str]) -> bool:
     """Whether `path` names teachers by language, or a file that does: not where it is itself a checkpoint."""
-    return bool(path) and read_entries(path) is not None
+    return bool(path) and _entries(path) is not None
+
+
+def named_paths(path: Optional[str]) -> List[str]:
+    """The files that ``--teacher-checkpoint-path`` names; of teachers by language all that can be read out of it.
+
+    A language may have a '=' as well, and which ones there are is not known yet.
+    """
+    entries = _entries(path) if path else None
+    if entries is None:
+        return utils.split_paths(path or "")
+    named = [entry[place.end() :].strip() for entry in entries for place in re.finditer("=", entry)]
+    return [part for paths in named for part in utils.split_paths(paths)]
 
 
 class Assignment(NamedTuple):
@@ -61,7 +73,7 @@ def read_assignment(path: str, pools: Sequence[str], names: Dict[str, int], coun
     Raises:
         ConfigError: a language that there is not, or twice, or that has no teacher
     """
-    entries = read_entries(path)
+    entries = _entries(path)
     assert entries is not None
     found: Dict[int, str] = {}
     rest = None
@@ -102,7 +114,7 @@ def _split(entry: str, names: Dict[str, int]) -> Tuple[str, str]:
     return name, entry[len(name) + 1 :].strip() if known else entry.split("=", 1)[1].strip()
 
 
-def read_entries(path: str) -> Optional[List[str]]:
+def _entries(path: str) -> Optional[List[str]]:
     """``hi=a.pt`` and so on; None: `path` is that of a teacher."""
     if os.path.exists(path):
         return _lines(path)

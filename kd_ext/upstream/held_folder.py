@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List
 
 from fairseq import checkpoint_utils, utils
 from fairseq.dataclass.initialize import add_defaults
@@ -16,6 +16,17 @@ from kd_ext.files.folder_lock import hold
 from kd_ext.files.writing import make_folder
 
 _WRITTEN = re.compile(r"checkpoint.*\.pt|crash\.pt")
+_INPUTS: Dict[str, Callable[[Any], List[str]]] = {}
+
+
+def list_inputs(flag: str, paths: Callable[[Any], List[str]]) -> None:
+    """Keep what a run reads by a flag of its task from being written over.
+
+    Args:
+        flag: for the message
+        paths: of the files, by the settings of whatever task the run has
+    """
+    _INPUTS[flag] = paths
 
 
 def apply() -> None:
@@ -62,7 +73,7 @@ def _check_inputs(cfg: Any) -> None:
     """See that no teacher, and no checkpoint to begin with, is under a name that the run writes."""
     folder, restored = cfg.checkpoint.save_dir, cfg.checkpoint.restore_file
     own = os.path.join(folder, "checkpoint_last.pt")
-    read = {"--teacher-checkpoint-path": _teachers(getattr(cfg.task, "teacher_checkpoint_path", None))}
+    read = {flag: paths(cfg.task) for flag, paths in _INPUTS.items()}
     if not os.path.exists(own):  # else it begins with that one
         read["--finetune-from-model"] = utils.split_paths(cfg.checkpoint.finetune_from_model or "")
     # a run goes on in its own folder from any file there, and begins anew there from its last one alone
@@ -84,17 +95,3 @@ def _written(folder: str) -> Dict[str, str]:
     """Of the files that a run in `folder` replaces the names there: what a link points to is written as well."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return {os.path.realpath(os.path.join(folder, name)): name for name in names if _WRITTEN.fullmatch(name)}
-
-
-def _teachers(value: Optional[str]) -> List[str]:
-    """The paths in ``--teacher-checkpoint-path``; of teachers by language all that can be read out of it.
-
-    A language may have a '=' as well, and which ones there are is not known yet.
-    """
-    from kd_ext.teachers import assignment  # not at the top: models register themselves after every touch
-
-    entries = assignment.read_entries(value) if value else None
-    if entries is None:
-        return utils.split_paths(value or "")
-    named = [entry[place.end() :].strip() for entry in entries for place in re.finditer("=", entry)]
-    return [path for paths in named for path in utils.split_paths(paths)]
