@@ -1,6 +1,12 @@
 """The exception for what a user can mend."""
 
 _HALF = 1000  # characters
+_MOST = 300
+
+
+def in_short(said: object) -> str:
+    """What another library said, as a part of a line of our own."""
+    return " ".join(str(said).split())[:_MOST]
 
 
 class ConfigError(ValueError):

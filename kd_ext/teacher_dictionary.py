@@ -10,10 +10,8 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any, List, Optional, Sequence, Tuple
 
-from fairseq.data import Dictionary
-
 import kd_ext  # noqa: F401  lets fairseq's checkpoints be read
-from kd_ext.errors import ConfigError
+from kd_ext.files.dictionaries import load_dictionary
 from kd_ext.files.writing import check_output, make_folder, written_whole
 from kd_ext.teachers import reading
 from kd_ext.teachers.dictionaries import point_at_dictionaries
@@ -34,7 +32,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     dictionaries, read = read_dictionaries(source, options.source_lang, options.target_lang)
     make_folder(options.destdir, "DESTDIR")
     paths = [os.path.join(options.destdir, name) for name in NAMES]
-    targets = [check_output(path, [options.teacher, *read], _check_is_dictionary) for path in paths]
+    targets = [check_output(path, [options.teacher, *read], load_dictionary) for path in paths]
     for path, target, words in zip(paths, targets, dictionaries):
         with written_whole(target) as file:
             seen = set(words.symbols[: words.nspecial])
@@ -60,13 +58,6 @@ def read_dictionaries(
     point_at_dictionaries(kind, settings, run)
     reading.let_go(state)
     return kind.dictionaries(kind.setup()), kind.files()
-
-
-def _check_is_dictionary(path: str) -> None:
-    try:
-        Dictionary.load(path)
-    except Exception as error:  # of many kinds, by what is in it
-        raise ConfigError(f"{path}: not a dictionary") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 from kd_ext.exporting import folders, seven_bits
 from kd_ext.exporting.fairseq_format import write_checkpoint, write_dictionaries
 from kd_ext.exporting.plain import Plain, as_upstream
@@ -79,5 +79,5 @@ def _convert(student: Student, checkpoint: str, output: str, quantization: str, 
     except OSError:
         raise
     except Exception as error:  # whatever it has against a model
-        said = " ".join(str(error).split())[:300]
+        said = in_short(error)
         raise ConfigError(f"--format ctranslate2: CTranslate2 does not convert {student.path} ({said})") from error

@@ -9,7 +9,7 @@ from typing import Any, Iterator, List, Sequence
 import torch
 from fairseq.data import Dictionary, data_utils
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 from kd_ext.exporting.huggingface_format import CONFIG, OTHERS, POST_NORM, PRE_NORM
 from kd_ext.exporting.translators import Tokens, batches
 
@@ -29,7 +29,7 @@ def require_transformers() -> Any:
             for name in (POST_NORM, PRE_NORM):  # what it lacks shows only when a class is asked for
                 getattr(transformers, name).from_pretrained  # noqa: B018
     except Exception as error:  # each release has its own way to say that it cannot be used here
-        said = " ".join(str(error).split())[:200]
+        said = in_short(error)
         raise ConfigError(
             f"transformers is not installed, or does not go with this torch ({said}); {INSTALL}"
         ) from error
@@ -75,7 +75,7 @@ class HuggingFaceTranslator:
                 Dictionary.load(os.path.join(folder, f"dict.{language}.txt")) for language in config["langs"]
             )
         except Exception as error:  # whatever it has against files that are not what was written
-            said = " ".join(str(error).split())[:300]
+            said = in_short(error)
             raise ConfigError(f"{folder}: transformers {transformers.__version__} cannot read it ({said})") from error
         self.vocabularies = (self._source.symbols, self._target.symbols)
         self.longest = config["max_position_embeddings"]

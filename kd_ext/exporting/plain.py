@@ -9,7 +9,7 @@ from fairseq.models import build_model
 from fairseq.tasks.translation import TranslationTask
 from torch import Tensor, nn
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 from kd_ext.exporting.adapter_layers import with_adapters_as_layers, without_adapters
 from kd_ext.exporting.factors import with_one_projection, without_factors
 from kd_ext.exporting.settings import checkpoint_settings, model_settings
@@ -100,7 +100,7 @@ def as_upstream(student: Student, data: str, one_projection: bool = False) -> Pl
     try:
         model = build_plain(settings, weights, student.task)
     except Exception as error:  # whatever upstream's class answers to weights that do not suit it
-        said = " ".join(str(error).split())[:300]
+        said = in_short(error)
         raise ConfigError(f"{student.path}: upstream's transformer has no place for its weights ({said})") from error
     _check_same(student, model)
     return Plain(weights, checkpoint_settings(settings, student.task.cfg, data), done, model)

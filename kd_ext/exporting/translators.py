@@ -9,7 +9,7 @@ from fairseq.data import data_utils
 from fairseq.sequence_generator import SequenceGenerator
 from torch import nn
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 
 Tokens = List[str]
 
@@ -90,7 +90,7 @@ class CTranslate2Translator:
         try:
             self._translator = require_ctranslate2().Translator(folder, intra_threads=torch.get_num_threads())
         except RuntimeError as error:
-            raise ConfigError(f"{folder}: CTranslate2 cannot read it ({' '.join(str(error).split())[:300]})") from error
+            raise ConfigError(f"{folder}: CTranslate2 cannot read it ({in_short(error)})") from error
         self._folder = folder
         self.vocabularies = (_vocabulary(folder, "source"), _vocabulary(folder, "target"))
 
@@ -109,7 +109,7 @@ class CTranslate2Translator:
                 min_decoding_length=_SHORTEST,
             )
         except RuntimeError as error:
-            said = " ".join(str(error).split())[:200]
+            said = in_short(error)
             raise ConfigError(
                 f"{self._folder}: CTranslate2 cannot translate with up to {longest} words ({said}); compare it with "
                 "its checkpoint, which says how long translations can be"

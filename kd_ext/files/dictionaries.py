@@ -2,7 +2,7 @@
 
 from fairseq.data import Dictionary
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 
 
 def load_dictionary(path: str) -> Dictionary:
@@ -16,5 +16,5 @@ def load_dictionary(path: str) -> Dictionary:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # of many kinds, by what is in it
-        said = " ".join(str(error).split())[:200]
+        said = in_short(error)
         raise ConfigError(f"{path}: damaged, or not a dictionary of fairseq ({said})") from error

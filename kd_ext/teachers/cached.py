@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 from kd_ext.files.cache_files import FLAG, CacheFiles, Listed, check_parts, create, read_manifest
 from kd_ext.files.trained_with import of_dictionaries
 from kd_ext.modules.positions import Positions
@@ -214,9 +214,9 @@ class CachedTeacher:
             return
         key = differing[0]
         flag, value, remedy = {
-            "top_k": ("--teacher-cache-top-k", self._top_k, f"use {_shown(found.get(key))}"),
-            "temperature": ("--kd-temperature", self._temperature, f"use {_shown(found.get(key))}"),
-            "teacher": ("--teacher-checkpoint-path", self._source.path, f"name {_shown(found.get('teacher_path'))}"),
+            "top_k": ("--teacher-cache-top-k", self._top_k, f"use {in_short(found.get(key))}"),
+            "temperature": ("--kd-temperature", self._temperature, f"use {in_short(found.get(key))}"),
+            "teacher": ("--teacher-checkpoint-path", self._source.path, f"name {in_short(found.get('teacher_path'))}"),
             "lengths_of_sentences": (FLAG, folder, "name that data, with the same flags (--num-batch-buckets, ...)"),
         }.get(key, (FLAG, folder, "name that data"))
         what = key.replace("_", " ")
@@ -320,11 +320,6 @@ class _Sentences(NamedTuple):
             for source, target in zip(sources, targets)
         ]
         return cls(sample["id"].cpu().numpy(), real.sum(1).cpu().numpy(), texts, real)
-
-
-def _shown(value: Any) -> str:
-    """A value from a manifest, on one line of a message."""
-    return " ".join(str(value).split())[:200]
 
 
 def _digest(content: bytes) -> str:

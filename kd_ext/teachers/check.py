@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 from kd_ext.modules.input_format import InputFormat
 from kd_ext.modules.positions import Positions
 from kd_ext.teachers.kinds import FLAG, SIDES, Kind
@@ -16,7 +16,7 @@ _SENTENCES, _LENGTH = 2, 4
 
 
 def in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {in_short(error)}"
 
 
 def check_direction(kind: Kind, student_task: Any) -> None:

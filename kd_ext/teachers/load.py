@@ -9,7 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import torch
 from fairseq import utils
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 from kd_ext.files.fingerprint import model_fingerprint
 from kd_ext.models.layers import drop_dead_parameters
 from kd_ext.models.output_projection import NoProjectionError, find_projection
@@ -208,7 +208,7 @@ def _build_model(path: str, task: Any, model_cfg: Any, state: Dict[str, Any]) ->
         model.load_state_dict(state["model"], strict=True, model_cfg=model_cfg)
     except (RuntimeError, KeyError) as error:
         raise ConfigError(
-            f"{FLAG} {path}: its weights do not fit its settings ({' '.join(str(error).split())[:300]}); "
+            f"{FLAG} {path}: its weights do not fit its settings ({in_short(error)}); "
             "mend the settings by --teacher-model-overrides"
         ) from error
     return model

@@ -9,7 +9,7 @@ from typing import Optional
 from fairseq import checkpoint_utils
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 from kd_ext.files.reading import explained
 from kd_ext.files.safe_loading import load
 
@@ -67,7 +67,7 @@ def _building(original):
             for path in filenames:
                 _check_architecture(path)
             place = traceback.extract_tb(error.__traceback__)[-1]
-            said = " ".join(str(error).split())[:300]
+            said = in_short(error)
             raise ConfigError(
                 f"{':'.join(filenames)}: no model can be made of its settings and weights ({type(error).__name__}: "
                 f"{said}; {os.path.basename(place.filename)}, line {place.lineno})"

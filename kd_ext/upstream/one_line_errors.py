@@ -9,7 +9,7 @@ from typing import Optional
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch.multiprocessing import ProcessRaisedException
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, in_short
 
 
 def apply() -> None:
@@ -79,7 +79,7 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
         error = error.__cause__ or error.__context__
     if outermost is not None and str(outermost).startswith(_DO_NOT_FIT):
         reason = outermost.__cause__ or outermost.__context__
-        said = " ".join(str(reason).split())[:400]
+        said = in_short(reason)
         remedy = "give the flags of the model that it was trained with, or another checkpoint"
         return f"{outermost} ({type(reason).__name__}: {said}); {remedy}"
     return _of_fairseq(outermost)
