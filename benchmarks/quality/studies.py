@@ -20,7 +20,7 @@ class Size(NamedTuple):
         teacher, student: width, encoder layers, decoder layers
         widths: of narrower and wider students
         factorized: what their embeddings are factorized to
-        teacher_updates, longer_updates, tuning_updates: how long each is trained
+        teacher_updates, longer_updates, longest_updates, tuning_updates: how long each is trained
         student_updates: the same, by corpus
         at_once: trainings that run side by side
         threads: of each
@@ -34,6 +34,7 @@ class Size(NamedTuple):
     factorized: int
     teacher_updates: int
     longer_updates: int
+    longest_updates: int
     student_updates: Dict[str, int]
     tuning_updates: int
     at_once: int
@@ -54,7 +55,7 @@ SIZES = {
         (96, 2, 1),
         (64, 128),
         32,
-        *(1600, 4000, {"pair": 1000, "languages": 1500}, 200),
+        *(1600, 4000, 10000, {"pair": 1000, "languages": 1500}, 200),
         *(2, 1),
     ),
     "gpu": Size(
@@ -64,7 +65,7 @@ SIZES = {
         (256, 6, 2),
         (128, 384),
         64,
-        *(6000, 20000, {"pair": 4000, "languages": 4000}, 500),
+        *(6000, 20000, 50000, {"pair": 4000, "languages": 4000}, 500),
         *(3, 2),
     ),
 }
@@ -127,6 +128,10 @@ def _teachers(size: Size) -> Dict[str, Model]:
         TEACHER: teacher,
         f"{TEACHER}-2": replace(teacher, name=f"{TEACHER}-2", seed=2),
         _LONGER: replace(teacher, name=_LONGER, updates="longer_updates"),
+        # after so many epochs dropout of 0.1 would be too little
+        _LONGEST: replace(
+            teacher, name=_LONGEST, updates="longest_updates", arguments=(*arguments, "--dropout", "0.2")
+        ),
         f"{TEACHER}-unsmoothed": replace(
             teacher, name=f"{TEACHER}-unsmoothed", arguments=(*arguments, "--label-smoothing", "0")
         ),
@@ -175,12 +180,21 @@ def _studies(size: Size) -> Dict[str, Study]:
     def word(*flags: str, teachers: Tuple[str, ...] = (TEACHER,)) -> Model:
         return taught("word_seq_level", "--alpha", "0.5", *flags, teachers=teachers)
 
+    best = (*plain, "--dropout", "0")
+    by_longest = {
+        f"word from a cache of 32, longest teacher, alpha {alpha}, dropout 0": alpha for alpha in ("0.5", "1")
+    }
     by_alpha = (*_DISTILLED, "--kd-strategy", "word_seq_level", "--alpha")
 
-    def cached(words: int, teacher: str = TEACHER, arch: Tuple[str, ...] = plain) -> Model:
+    def cached(
+        words: int,
+        teacher: str = TEACHER,
+        arch: Tuple[str, ...] = plain,
+        alpha: str = "0.5",
+    ) -> Model:
         """Of the teacher nothing is read but what a cache has of it."""
         cache = Cache(teacher, words).name
-        arguments = (*arch, *by_alpha, "0.5", "--teacher-cache-dir", f"{cache}/cache")
+        arguments = (*arch, *by_alpha, alpha, "--teacher-cache-dir", f"{cache}/cache")
         return Model("", "student_updates", arguments, (cache,))
 
     def alpha_0(arch: Tuple[str, ...] = plain) -> Model:
@@ -241,6 +255,16 @@ def _studies(size: Size) -> Dict[str, Study]:
             equal_time=("alone", _ALPHA_0, "word from a cache of 32, longer teacher"),
             times=4,
         ),
+        "ahead": Study(
+            "German to English: and with a teacher that is well ahead of what its student reaches alone?",
+            "pair",
+            {  # as the other studies advise for a small student
+                _BEST_ALONE: alpha_0(best),
+                **{name: cached(32, _LONGEST, best, alpha) for name, alpha in by_longest.items()},
+            },
+            (_BEST_ALONE, next(iter(by_longest))),
+            times=4,
+        ),
         "languages": Study(
             "Ten languages with 1,000 to 30,000 pairs: what distils best into one student?",
             "languages",
@@ -297,11 +321,13 @@ def _studies(size: Size) -> Dict[str, Study]:
 
 
 _LONGER = "teacher-longer"
+_LONGEST = "teacher-longest"
 # the loss of those that are distilled, without a teacher: it takes less time than fairseq's
 _ALPHA_0 = "alone, alpha 0"
+_BEST_ALONE = f"{_ALPHA_0}, dropout 0"
 _DISTILLED = ("--task", "translation_with_kd", "--criterion", "label_smoothed_cross_entropy_with_kd")
 ADAPTERS = ", an adapter for each language"
-CACHES = {cache.name: cache for cache in map(Cache, [TEACHER] * 3 + [_LONGER], [8, 32, 128, 32])}
+CACHES = {cache.name: cache for cache in map(Cache, [TEACHER] * 3 + [_LONGER, _LONGEST], [8, 32, 128, 32, 32])}
 TEACHERS = {name: _teachers(size) for name, size in SIZES.items()}
 STUDIES = {name: _studies(size) for name, size in SIZES.items()}
 
