@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kd_ext  # noqa: F401  registers the architectures, and lets fairseq's checkpoints be read
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, printable
 from kd_ext.files import adapter_file
 from kd_ext.files.adapter_file import FORMAT, setting_keys
 from kd_ext.files.base_settings import deciding
@@ -69,7 +69,7 @@ def describe(path: str) -> List[str]:
         for name in _ids(model, side):
             size = sum(t.numel() for t in _tensors(model, name, [side]).values())
             trained = ", trained" if get(settings, f"{side}_train_adapter") == name else ""
-            lines.append(f"{side} {name}: {size:,} weights{trained}")
+            lines.append(f"{side} {printable(name)}: {size:,} weights{trained}")
     return lines if len(lines) > 1 else lines + ["no adapters"]
 
 
@@ -97,6 +97,11 @@ def export(path: str, adapter_id: str, output: str, side: Optional[str] = None) 
         "tensors": {name: tensor.clone() for name, tensor in _tensors(model, adapter_id, sides).items()},
     }
     adapter_file.check_fits(path, file, model, settings)
+    if not any(tensor.any() for name, tensor in file["tensors"].items() if name.endswith((".up.weight", ".up.bias"))):
+        raise ConfigError(
+            f"id {adapter_id}: in {path} it is as it began, and adds nothing; name a checkpoint that trained it, by "
+            f"--encoder-train-adapter {adapter_id} or --decoder-train-adapter {adapter_id}"
+        )
     _write(file, target)
     return (
         f"wrote {output}: adapter {adapter_id} of the {' and the '.join(sides)}, {os.path.getsize(output):,} bytes "

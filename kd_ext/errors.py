@@ -4,6 +4,11 @@ _HALF = 1000  # characters
 _MOST = 300
 
 
+def printable(text: str) -> str:
+    """On one line: line breaks and what else is not printed are shown as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def in_short(said: object) -> str:
     """What another library said, as a part of a line of our own."""
     return " ".join(str(said).split())[:_MOST]
@@ -20,4 +25,4 @@ class ConfigError(ValueError):
         text = super().__str__()
         if len(text) > 2 * _HALF:
             text = f"{text[:_HALF]} [...] {text[-_HALF:]}"
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return printable(text)

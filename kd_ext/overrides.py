@@ -1,9 +1,12 @@
 """Settings that a user gives as a Python dictionary on the command line."""
 
 import ast
+import sys
 from typing import Any, Dict
 
 from kd_ext.errors import ConfigError
+
+FLAG = "--model-overrides"
 
 
 def parse_overrides(flag: str, text: str) -> Dict[str, Any]:
@@ -20,3 +23,11 @@ def parse_overrides(flag: str, text: str) -> Dict[str, Any]:
         shown = " ".join(text.split())[:200]
         raise ConfigError(f"{flag} {shown}: not a dictionary by names; write it as \"{{'name': 'value'}}\"")
     return settings
+
+
+def typed_overrides() -> Dict[str, Any]:
+    """What ``--model-overrides`` on this process's command line says, without what flags of ours add to it."""
+    words = sys.argv[1:]
+    found = [after for word, after in zip(words, words[1:]) if word == FLAG]
+    found += [word[len(FLAG) + 1 :] for word in words if word.startswith(f"{FLAG}=")]
+    return parse_overrides(FLAG, found[-1]) if found else {}

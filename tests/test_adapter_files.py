@@ -76,6 +76,51 @@ def test_merged_adapters_compute_exactly_what_they_did_apart(tmp_path, base, tra
     assert state["extra_state"] == {"train_iterator": {"epoch": 1}}
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_base_of_upstreams_class_that_shares_all_embeddings(tmp_path, earlier):
+    """It notes in its settings that the decoder's tables are one, which this project's class does not."""
+    tied = {"share_all_embeddings": True, "share_decoder_input_output_embed": False}
+    args = settings("transformer", **tied)
+    base = build_from(args, seed=1)
+    assert args.share_decoder_input_output_embed
+    over = settings(load_checkpoint_liberally=True, **tied, **adapters(ids="hi", train="hi"))
+    model = build_from(over, seed=2)
+    model.load_state_dict(base.state_dict())
+    path = save(tmp_path / "hi.pt", over, randomize(model, 2))
+    tool.export(path, "hi", str(tmp_path / "hi.adapter"))
+    if earlier:  # what files of earlier releases have of it
+        file = read(tmp_path / "hi.adapter")
+        file["base_settings"]["share_decoder_input_output_embed"] = "True"
+        torch.save(file, tmp_path / "hi.adapter")
+    tool.merge(save(tmp_path / "base.pt", args, base), [str(tmp_path / "hi.adapter")], str(tmp_path / "merged.pt"))
+    src, prev = batch()
+    expected = logits(model.eval().requires_grad_(True), src, prev)
+    assert torch.equal(logits(load(str(tmp_path / "merged.pt"), "hi"), src, prev), expected)
+
+
+def test_an_adapter_that_was_never_trained_is_not_exported(tmp_path):
+    args = settings(**adapters(ids="hi,ta", train="hi"))
+    path = save(tmp_path / "hi.pt", args, build_from(args))
+    with pytest.raises(ConfigError, match=r"id ta: in .* as it began, and adds nothing; name a checkpoint"):
+        tool.main(["export", path, "ta", str(tmp_path / "ta.adapter")])
+    assert os.listdir(tmp_path) == ["hi.pt"]
+
+
+def test_names_for_a_folder_are_none_for_a_file(tmp_path, base, trained):
+    for typed in (["export", trained["hi"][0], "hi"], ["merge", base[0], str(tmp_path), "--output"]):
+        with pytest.raises(ConfigError, match="new/: a folder's name; name the file to write"):
+            tool.main([*typed, f"{tmp_path}/new/"])
+
+
+def test_an_id_is_shown_on_one_line(tmp_path):
+    args = settings(**adapters(ids="hi", train="hi"))
+    weights = {n.replace(".hi.", ".x\n\x1b[31mhi."): t for n, t in build_from(args).state_dict().items()}
+    torch.save({"args": None, "cfg": {"model": args, "task": {}}, "model": weights}, tmp_path / "x.pt")
+    lines = tool.describe(str(tmp_path / "x.pt"))
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+
+
 def test_merging_in_two_steps_is_merging_in_one(tmp_path, base, trained):
     for name, (path, _) in trained.items():
         tool.export(path, name, str(tmp_path / name))

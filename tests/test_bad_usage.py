@@ -196,6 +196,13 @@ def test_user_modules(train, teacher, tmp_path, name):
     assert_refused(result, tmp_path / "run", f"--teacher-user-dir {given}: ", said)
 
 
+OVERRIDES = {
+    "{'encoder_layer': 3}": "reads 'encoder_layer'; near to it: ",
+    "{'encoder_layers': '2'}": "its setting encoder_layers is '2', which is no number; give other values",
+    "{'encoder_layers': 3}": "no model can be made of its settings, --model-overrides {",
+}
+
+
 @pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-validate", "fairseq-interactive"])
 def test_overrides_and_paths_of_what_uses_a_student(teacher, data, tmp_path, command):
     for text in ("{1: 2}", "{[]: 1}", "print(1)"):
@@ -203,6 +210,13 @@ def test_overrides_and_paths_of_what_uses_a_student(teacher, data, tmp_path, com
         result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", *flags)
         assert result.returncode != 0
         assert result.last_line.startswith(f"kd_ext: error: --model-overrides {text}: not a dictionary by names")
+        assert "Traceback" not in result.output
+    for text, said in OVERRIDES.items():
+        flags = ["--path", teacher, "--max-tokens", 200, "--model-overrides", text]
+        result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", *flags)
+        assert result.returncode != 0
+        assert f"--model-overrides {text}" in result.last_line
+        assert said in result.last_line
         assert "Traceback" not in result.output
     flags = ["--path", tmp_path / "none.pt", "--max-tokens", 200]
     result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", *flags)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from commands import PLUGIN, run
 from conftest import KD, SIZES, TRAINING, load, strategy_flags
+from fairseq.models.transformer import TransformerModel
 from test_resume import assert_same_run
+
+from kd_ext.errors import ConfigError
 
 BEGIN_ANEW = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
 
@@ -139,6 +142,53 @@ def test_other_words_to_begin_anew_with_are_said(attempt, tmp_path):
     assert result.returncode == 0
     assert "the source dictionary is not that of the checkpoint: its embeddings" in result.output
     assert "the target dictionary" not in result.output
+
+
+@pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-validate", "fairseq-interactive"])
+@pytest.mark.parametrize("architecture", ["student", "upstream"])
+def test_using_a_model_with_other_dictionaries(request, attempt, data, tmp_path, command, architecture):
+    """Of a distilled student, and of a model of fairseq's own task and criterion."""
+    if architecture == "student":
+        assert attempt("--max-update", 1).returncode == 0
+    else:
+        flags = [*TRAINING, "--arch", "transformer", *SIZES, "--criterion", "label_smoothed_cross_entropy"]
+        flags += ["--save-dir", tmp_path / "student", "--max-update", 1]
+        assert run(tmp_path / "log", "fairseq-train", data, *flags).returncode == 0
+    path = tmp_path / "student" / "checkpoint_last.pt"
+    flags = [tmp_path / "data", *PLUGIN, "--cpu", "--max-tokens", 400, "--path", path]
+    change(tmp_path, "src", count_anew)
+    assert run(tmp_path / "log", command, *flags).returncode == 0
+    for how in (swap, lengthen):
+        change(tmp_path, "src", how)
+        result = run(tmp_path / "log", command, *flags)
+        assert result.returncode != 0
+        expected = f"{tmp_path}/data: its source dictionary is not the one that {path} was trained with; preprocess"
+        assert result.last_line.startswith(f"kd_ext: error: {expected}")
+        assert "Traceback" not in result.output
+
+
+def test_from_python_with_other_dictionaries(attempt, tmp_path):
+    assert attempt("--max-update", 1).returncode == 0
+    folder = tmp_path / "student"
+    given = {"checkpoint_file": "checkpoint_last.pt", "data_name_or_path": str(tmp_path / "data")}
+    TransformerModel.from_pretrained(str(folder), **given)
+    change(tmp_path, "tgt", swap)
+    with pytest.raises(ConfigError, match=r"its target dictionary is not the one that .* was trained"):
+        TransformerModel.from_pretrained(str(folder), **given)
+
+
+def test_adapters_on_frozen_embeddings_of_other_words(attempt, tmp_path):
+    """Those that are frozen can never come to belong to the other words."""
+    assert attempt("--max-update", 1).returncode == 0
+    change(tmp_path, "src", swap)
+    adapters = ["--arch", "transformer_adapter", "--load-checkpoint-liberally", "--encoder-add-adapters"]
+    adapters += ["--encoder-adapter-ids", "hi", "--encoder-train-adapter", "hi", "--max-update", 1]
+    path = tmp_path / "student" / "checkpoint_last.pt"
+    result = attempt(*adapters, "--finetune-from-model", path, save_dir=tmp_path / "other")
+    assert result.returncode != 0
+    expected = f"{tmp_path}/data: its source dictionary is not the one that the checkpoint, whose embeddings "
+    assert result.last_line.startswith(f"kd_ext: error: {expected}--encoder-train-adapter hi freezes, was trained with")
+    assert "Traceback" not in result.output
 
 
 def test_validating_with_other_dictionaries(attempt, tmp_path):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kd_ext.errors import ConfigError
+from kd_ext.files.base_settings import without_implied
 from kd_ext.files.reading import explained
 from kd_ext.files.safe_loading import load
 from kd_ext.files.settings import check_size
-from kd_ext.models.extension_flags import RESERVED_IDS, SIDES
+from kd_ext.models.extension_flags import SIDES, is_id
 from kd_ext.models.saved_settings import get
 from kd_ext.modules.adapter import ACTIVATIONS, Adapter, adapter_of
 
@@ -21,7 +22,6 @@ FORMAT = "kd_ext adapter 1"
 # per side: what all adapters of a side have in common, saved as text
 SIDE_SETTINGS = ("adapter_reduction_factor", "adapter_use_gating")
 SHARED_SETTINGS = ("adapter_activation_fn",)
-_NOT_IN_IDS = ". \t\n:${},"
 _ENTRIES = {"format": str, "id": str, "base": str, "settings": dict, "tensors": dict, "base_settings": dict}
 _NEW_ENTRIES = {"base_settings"}  # which files of earlier releases do not have
 _VALUES = {
@@ -62,7 +62,7 @@ def _check_entries(path: str, file: Dict[str, Any]) -> None:
     for name, kind in _ENTRIES.items():
         if name in file and not isinstance(file[name], kind):
             _refuse(path, f"its {name} is a {type(file[name]).__name__}")
-    if file["id"] in ("", *RESERVED_IDS) or set(_NOT_IN_IDS) & set(file["id"]):
+    if not is_id(file["id"]):
         _refuse(path, f"its id {file['id'][:80]!r} is no id of an adapter")
     if not re.fullmatch("[0-9a-f]{16}", file["base"]):
         _refuse(path, f"its base {file['base'][:80]!r} is no fingerprint")
@@ -85,7 +85,7 @@ def check_base_settings(path: str, file: Dict[str, Any], base: str, deciding: Di
             *(path, base),
         )
         return
-    trained = file["base_settings"]
+    trained = without_implied(file["base_settings"])  # files of earlier releases have what is implied, or lack it
     for key in sorted({*trained, *deciding}, key=str):
         if trained.get(key) != deciding.get(key):
             theirs, ours = (str(x.get(key, "off"))[:80] for x in (trained, deciding))

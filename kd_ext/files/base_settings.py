@@ -31,4 +31,11 @@ def deciding(settings: Any) -> Dict[str, str]:
     names = {action.dest for action in parser._actions} | set(vars(defaults))
     found = {name: getattr(filled, name, None) for name in names if not _NEUTRAL.fullmatch(name)}
     # a flag that was not given is False, or not there
-    return {name: str(value) for name, value in sorted(found.items()) if value not in (None, False)}
+    return without_implied({name: str(value) for name, value in sorted(found.items()) if value not in (None, False)})
+
+
+def without_implied(settings: Dict[str, str]) -> Dict[str, str]:
+    """Those that no other has with it: upstream's class notes in a checkpoint that the decoder's tables are one where
+    all are, this project's does not."""
+    implied = ["share_decoder_input_output_embed"] if settings.get("share_all_embeddings") == "True" else []
+    return {name: value for name, value in settings.items() if name not in implied}

@@ -1,7 +1,7 @@
 """What of a run's surroundings must not change in mid-training: a record of it, which goes into every checkpoint."""
 
 import logging
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationTask
@@ -34,10 +34,17 @@ def recorded(state: Dict[str, Any]) -> Dict[str, str]:
     return (state.get("extra_state") or {}).get(KEY, {})
 
 
-def compare(saved: Dict[str, str], now: Dict[str, str], cfg, resumes: bool) -> None:
-    """As :func:`check_same` for a run that goes on from a checkpoint, else as :func:`warn_of_other_words`."""
+def compare(saved: Dict[str, str], now: Dict[str, str], cfg, resumes: bool, frozen_by: Optional[str]) -> None:
+    """As :func:`check_same` for a run that goes on from a checkpoint, else as :func:`warn_of_other_words`.
+
+    Args:
+        frozen_by: the flag by which the checkpoint's embeddings stay as they are, so that they cannot come to belong
+            to other words
+    """
     if resumes:
         check_same(saved, now, cfg)
+    elif frozen_by:
+        check_words(saved, now, cfg.data, f"the checkpoint, whose embeddings {frozen_by} freezes,")
     else:
         warn_of_other_words(saved, now)
 
@@ -61,11 +68,24 @@ def check_same(saved: Dict[str, str], now: Dict[str, str], cfg) -> None:
             f"{saved[TEACHER]}); name that one, or begin anew from the student's weights with this one: "
             "--finetune-from-model CHECKPOINT and another --save-dir, or --reset-optimizer"
         )
+    check_words(saved, now, cfg.data)
+
+
+def check_words(saved: Dict[str, str], now: Dict[str, str], data: str, checkpoint: str = "the checkpoint") -> None:
+    """See that the dictionaries are those that a checkpoint was trained with, as far as it has a record of them.
+
+    Args:
+        data: the folder of those at hand, for the message
+        checkpoint: the same
+
+    Raises:
+        ConfigError: one is another
+    """
     for side in (SOURCE, TARGET):
         if _differs(saved, now, side):
             raise ConfigError(
-                f"{cfg.data}: its {side} is not the one that the checkpoint was trained with; preprocess the data with "
-                f"that one (fairseq-preprocess {_FLAGS[side]})"
+                f"{data}: its {side} is not the one that {checkpoint} was trained with; preprocess the data with that "
+                f"one (fairseq-preprocess {_FLAGS[side]})"
             )
 
 

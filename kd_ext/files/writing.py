@@ -73,8 +73,11 @@ def check_output(path: str, inputs: Sequence[str], check_same_kind: Callable[[st
         the path to write: of a link what it points to
 
     Raises:
-        ConfigError: it is read, is no regular file or one of another kind, or its folder does not exist
+        ConfigError: it is read, is no regular file or one of another kind, or its folder does not exist, or its name is
+            a folder's
     """
+    if path.endswith(os.sep):
+        raise ConfigError(f"{path}: a folder's name; name the file to write")
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 SIDES = ("encoder", "decoder")
 NO_ADAPTER = "none"
 # "none" is for --activate-*-adapter; the others are attributes that a set of adapters, a module, assigns to
-RESERVED_IDS = (NO_ADAPTER, "active", *vars(nn.Module()))
+_RESERVED_IDS = (NO_ADAPTER, "active", *vars(nn.Module()))
 _WANTED = {int: "a whole number, without quotes", bool: "true or false, without quotes", str: "a name"}
 
 
@@ -213,7 +213,7 @@ def _read_adapters(args: Namespace, side: str, width: int) -> Optional[AdapterSe
     for name in known:
         if known.count(name) > 1:
             raise ConfigError(f"--{side}-adapter-ids {ids}: '{name}' is there twice; name each id once")
-        if not name or name in RESERVED_IDS or set(". \t:${}") & set(name):
+        if not is_id(name):
             raise ConfigError(
                 f"--{side}-adapter-ids {ids}: '{name}' cannot be an id; names joined by commas, without dots, colons, "
                 f"spaces, $ or braces, as in de,hi,ta ('{NO_ADAPTER}', 'active' and 'training' are taken)"
@@ -225,6 +225,11 @@ def _read_adapters(args: Namespace, side: str, width: int) -> Optional[AdapterSe
             raise ConfigError(f"{flag} {name}: unknown; the {side} has {', '.join(known)}")
     active = trained if asked is None else (None if asked == NO_ADAPTER else asked)
     return AdapterSettings(known, factor, args.adapter_activation_fn, value("adapter_use_gating"), trained, active)
+
+
+def is_id(name: str) -> bool:
+    """Whether an adapter can be called so: in names of parameters, in lists, and on a line."""
+    return name not in ("", *_RESERVED_IDS) and not set(". :${},") & set(name) and name.isprintable()
 
 
 def _shown(flag: str, given: Any) -> str:

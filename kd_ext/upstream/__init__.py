@@ -18,6 +18,7 @@ TOUCHES = (
     "fast_path",
     "flat_bf16",
     "held_folder",  # after atomic_saving, which removes what a killed run has left
+    "loaded_models",
     "misspelt_settings",
     "numpy_names",
     "one_line_errors",

@@ -12,6 +12,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from kd_ext.errors import ConfigError, in_short
 from kd_ext.files.reading import explained
 from kd_ext.files.safe_loading import load
+from kd_ext.overrides import FLAG, typed_overrides
 
 EXPECTED = "checkpoint of fairseq"
 
@@ -39,6 +40,8 @@ def apply() -> None:
                 return state
         except ConfigError as error:
             _check_architecture(path)
+            if (typed := typed_overrides()) and _is_whole(path):
+                raise ConfigError(f"{FLAG} {typed}: {error}; give other values") from error
             whole = _newest_whole_beside(path)
             advice = f"the newest whole one beside it is {whole}" if whole else "beside it is no whole one"
             raise ConfigError(f"{error}; {advice}") from error
@@ -68,12 +71,27 @@ def _building(original):
                 _check_architecture(path)
             place = traceback.extract_tb(error.__traceback__)[-1]
             said = in_short(error)
+            made_of = f"settings, {FLAG} {typed_overrides()}, and" if typed_overrides() else "settings and"
             raise ConfigError(
-                f"{':'.join(filenames)}: no model can be made of its settings and weights ({type(error).__name__}: "
+                f"{':'.join(filenames)}: no model can be made of its {made_of} weights ({type(error).__name__}: "
                 f"{said}; {os.path.basename(place.filename)}, line {place.lineno})"
             ) from error
 
     return load_model_ensemble_and_task
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file's own settings, without any that are typed, can be those of its weights."""
+    from kd_ext.files.model_settings import check_model_settings
+    from kd_ext.models.saved_settings import model_settings
+
+    try:
+        with explained(path, EXPECTED):
+            state = load(path)
+            check_model_settings(path, model_settings(state), state.get("model"))
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_architecture(path: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Dict, Set
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 
-from kd_ext.errors import ConfigError
+from kd_ext.errors import ConfigError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,6 @@ def _name(settings: Any) -> Any:
 
 
 def _say(path: str, what: str) -> None:
-    if (text := f"{path}: {what}") not in _said:
+    if (text := f"{path}: {printable(what)}") not in _said:
         _said.add(text)
         logger.warning(text)

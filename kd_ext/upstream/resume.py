@@ -76,7 +76,8 @@ def _check(trainer, filename, state, resumes) -> None:
         )
     now = trained_with.of_task(trainer.task)
     if now:
-        trained_with.compare(trained_with.recorded(state), now, trainer.task.cfg, resumes)
+        frozen_by = getattr(trainer.get_model(), "frozen_by", None)
+        trained_with.compare(trained_with.recorded(state), now, trainer.task.cfg, resumes, frozen_by)
     check_model = getattr(trainer.get_model(), "check_resumed", None)
     if check_model is not None and resumes:
         check_model(filename, model_settings(state))
