@@ -24,6 +24,7 @@ from kd_ext.files.writing import PART, check_output, written_whole
 from kd_ext.models.extension_flags import SIDES, activation_key
 from kd_ext.models.saved_settings import get, model_settings
 from kd_ext.modules.adapter import adapter_of
+from kd_ext.parsing import Parser
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -43,7 +44,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kd_ext.adapters", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m kd_ext.adapters", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the adapters of a checkpoint")
     listing.add_argument("checkpoint")

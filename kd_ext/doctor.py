@@ -4,6 +4,7 @@ Only the standard library is imported here, so that ``python .../kd_ext/doctor.p
 missing or broken too; the rest of the package needs fairseq.
 """
 
+import argparse
 import json
 import os
 import re
@@ -153,4 +154,5 @@ def at_least(version: Optional[str], least: Tuple[int, int]) -> bool:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m kd_ext.doctor", description=__doc__.split("\n")[0]).parse_args()
     sys.exit(main())

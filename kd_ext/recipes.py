@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from kd_ext.parsing import Parser
+
 
 def folder() -> Path:
     """Inside an installed package; beside it in a checkout."""
@@ -10,6 +12,7 @@ def folder() -> Path:
 
 
 def main() -> None:
+    Parser(prog="python -m kd_ext.recipes", description=__doc__).parse_args()
     print(folder())
 
 

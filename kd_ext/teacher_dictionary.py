@@ -13,6 +13,7 @@ from typing import Any, List, Optional, Sequence, Tuple
 import kd_ext  # noqa: F401  lets fairseq's checkpoints be read
 from kd_ext.files.dictionaries import load_dictionary
 from kd_ext.files.writing import check_output, make_folder, written_whole
+from kd_ext.parsing import Parser
 from kd_ext.teachers import reading
 from kd_ext.teachers.dictionaries import point_at_dictionaries
 from kd_ext.teachers.kinds import find_kind
@@ -61,7 +62,7 @@ def read_dictionaries(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kd_ext.teacher_dictionary", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m kd_ext.teacher_dictionary", description=__doc__.split("\n")[0])
     parser.add_argument("teacher", help="its checkpoint")
     parser.add_argument("destdir", help=f"the folder for {' and '.join(NAMES)}")
     parser.add_argument("-s", "--source-lang", help="for a teacher of several pairs, one of them")

@@ -106,6 +106,28 @@ def test_an_adapter_that_was_never_trained_is_not_exported(tmp_path):
     assert os.listdir(tmp_path) == ["hi.pt"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            ["export", "x.pt"],
+            "the following arguments are required: id, output; python -m kd_ext.adapters export --help",
+        ),
+        (["export", "x.pt", "hi", "out", "--side", "both"], "--side: invalid choice: 'both' "),
+        (["lst", "x.pt"], "command: invalid choice: 'lst' "),
+        (
+            ["list", "x.pt", "--all"],
+            "unrecognized arguments: --all; python -m kd_ext.adapters --help lists what there is",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_used(typed, said):
+    with pytest.raises(ConfigError) as error:
+        tool.main(typed)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
 def test_names_for_a_folder_are_none_for_a_file(tmp_path, base, trained):
     for typed in (["export", trained["hi"][0], "hi"], ["merge", base[0], str(tmp_path), "--output"]):
         with pytest.raises(ConfigError, match="new/: a folder's name; name the file to write"):
@@ -154,7 +176,7 @@ def test_a_file_is_a_few_percent_of_the_model(tmp_path):
     )
     args = settings(**{**sizes, **adapters(ids="as,bn,gu,hi,kn,ml,mr,or,pa,ta,te", factor=8)})
     model = build_from(args, words=dictionary(4000))
-    path = save(tmp_path / "model.pt", args, model)
+    path = save(tmp_path / "model.pt", args, randomize(model, 1))
     tool.export(path, "hi", str(tmp_path / "hi"))
     weights = 12 * (2 * 128 + 128 * 16 + 16 + 16 * 128 + 128)
     assert (tmp_path / "hi").stat().st_size < 4 * weights + 400 * 12 * 6
@@ -219,12 +241,12 @@ def test_contradictions_are_refused(tmp_path, base, trained):
         args = settings(load_checkpoint_liberally=True, **NORM, **adapters(**flags))
         model = build_from(args)
         model.load_state_dict(base[1].state_dict())
-        tool.export(save(tmp_path / "bn.pt", args, model), "bn", str(tmp_path / "bn"))
+        tool.export(save(tmp_path / "bn.pt", args, randomize(model, 1)), "bn", str(tmp_path / "bn"))
         with pytest.raises(ConfigError, match=message):
             tool.merge(base[0], [str(tmp_path / "hi"), str(tmp_path / "bn")], str(tmp_path / "out.pt"))
-    tool.export(trained["ta"][0], "hi", str(tmp_path / "untrained hi"))
+    tool.export(trained["ta"][0], "hi", str(tmp_path / "other hi"))
     with pytest.raises(ConfigError, match=r"another adapter hi is in .* already"):
-        tool.merge(base[0], [str(tmp_path / "hi"), str(tmp_path / "untrained hi")], str(tmp_path / "out.pt"))
+        tool.merge(base[0], [str(tmp_path / "hi"), str(tmp_path / "other hi")], str(tmp_path / "out.pt"))
 
 
 def test_what_is_not_there(tmp_path, base, trained):

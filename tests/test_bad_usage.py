@@ -196,7 +196,72 @@ def test_user_modules(train, teacher, tmp_path, name):
     assert_refused(result, tmp_path / "run", f"--teacher-user-dir {given}: ", said)
 
 
-OVERRIDES = {
+METRIC = "--best-checkpoint-metric"
+# what would end the run at its first validation, with nothing saved
+VALIDATION = {
+    "of training": (f"{METRIC} kd_kl", [f"{METRIC} kd_kl: validation has no such score; one of loss, nll_loss, ppl"]),
+    "not translated": (f"{METRIC} bleu", [f"{METRIC} bleu: nothing is translated in validation; add --eval-bleu"]),
+    "misspelt": (f"{METRIC} los", [f"{METRIC} los: validation has no such score"]),
+    "too long": (
+        "--max-source-positions 5 --max-target-positions 6",
+        [
+            "--valid-subset valid: ",
+            "longer than the model's positions (5, 6); add --skip-invalid-size-inputs-valid-test",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "parts"), VALIDATION.values(), ids=VALIDATION)
+def test_before_the_first_validation(train, tmp_path, flags, parts):
+    own = ["--criterion", "label_smoothed_cross_entropy"] if "kd_kl" not in flags else [*KD, "--alpha", "0"]
+    assert_refused(train(tmp_path, *own, *flags.split(), "--max-update", "1"), tmp_path, *parts)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--eval-bleu --best-checkpoint-metric bleu", "the best is the highest, and will be taken for the worst; add"),
+        (
+            "--maximize-best-checkpoint-metric",
+            "loss: the best is the lowest, and will be taken for the worst; leave out",
+        ),
+        ("--eval-bleu --best-checkpoint-metric bleu --maximize-best-checkpoint-metric", None),
+        ("--best-checkpoint-metric accuracy --report-accuracy --maximize-best-checkpoint-metric", None),
+        ("--best-checkpoint-metric bleu --disable-validation", None),
+        ("--max-source-positions 5 --max-target-positions 6 --skip-invalid-size-inputs-valid-test", None),
+    ],
+)
+def test_scores_and_lengths_that_do(train, tmp_path, flags, said):
+    own = ["--criterion", "label_smoothed_cross_entropy", "--max-update", "1"]
+    result = train(tmp_path, *own, *flags.split())
+    assert result.returncode == 0, result.output
+    assert (said or "") in result.output
+    assert ("taken for the worst" in result.output) is bool(said)
+
+
+@pytest.mark.parametrize(("side", "name"), [("src", "source"), ("tgt", "target")])
+def test_parts_of_the_data_with_other_dictionaries(data, tmp_path, side, name):
+    """fairseq reads the dictionaries of the first part alone, and all parts by them."""
+    shutil.copytree(data, tmp_path / "other")
+    dictionary = tmp_path / "other" / f"dict.{side}.txt"
+    command = [f"{data}:{tmp_path}/other", *TRAINING, "--arch", "transformer", *SIZES, *KD, "--alpha", "0"]
+    command += ["--max-update", "1", "--save-dir", tmp_path / "run"]
+    assert run(tmp_path / "log", "fairseq-train", *command).returncode == 0
+    shutil.rmtree(tmp_path / "run")
+    lines = dictionary.read_text().splitlines()
+    dictionary.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    result = run(tmp_path / "log", "fairseq-train", *command)
+    assert_refused(result, tmp_path / "run", f"{tmp_path}/other: its {name} dictionary is not that of {data}")
+
+
+@pytest.mark.parametrize("text", ["{'beam': 2}", "[1]", "{"])
+def test_settings_of_eval_bleu(train, tmp_path, text):
+    flags = [*KD, "--alpha", "0", "--eval-bleu", "--eval-bleu-args", text]
+    assert_refused(train(tmp_path, *flags), tmp_path, f"--eval-bleu-args {text}: not JSON", '{"beam": 4}')
+
+
+MODEL_OVERRIDES = {
     "{'encoder_layer': 3}": "reads 'encoder_layer'; near to it: ",
     "{'encoder_layers': '2'}": "its setting encoder_layers is '2', which is no number; give other values",
     "{'encoder_layers': 3}": "no model can be made of its settings, --model-overrides {",
@@ -211,7 +276,7 @@ def test_overrides_and_paths_of_what_uses_a_student(teacher, data, tmp_path, com
         assert result.returncode != 0
         assert result.last_line.startswith(f"kd_ext: error: --model-overrides {text}: not a dictionary by names")
         assert "Traceback" not in result.output
-    for text, said in OVERRIDES.items():
+    for text, said in MODEL_OVERRIDES.items():
         flags = ["--path", teacher, "--max-tokens", 200, "--model-overrides", text]
         result = run(tmp_path / "log", command, data, *PLUGIN, "--cpu", *flags)
         assert result.returncode != 0

@@ -173,11 +173,28 @@ def test_without_a_base(train, tmp_path, start, line):
 
 
 def test_random_weights_are_trained_if_nothing_is_frozen(train, tmp_path):
+    """A script names what its first run is yet to write; any other file that is not there is an error."""
     flags = [f"--{side}-{name}" for side in SIDES for name in ("add-adapters", "adapter-ids=hi")]
-    start = ["--restore-file", "none.pt"]
-    result = train(tmp_path, *CRITERION, *flags, *start, "--max-update", "1", arch="transformer_adapter")
+    command = [*CRITERION, *flags, "--max-update", "1"]
+    start = ["--restore-file", tmp_path / "checkpoint_last.pt"]
+    result = train(tmp_path, *command, *start, arch="transformer_adapter")
     assert result.returncode == 0, result.output
-    assert "--restore-file none.pt: no such file; training begins from random weights" in result.output
+    assert f"{tmp_path}/checkpoint_last.pt: no such file; training begins from random weights" in result.output
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    for flag, name, remedy in (
+        ("--restore-file", "checkpoint_best.pt", f"name {tmp_path}/checkpoint_best.pt, or leave"),
+        ("--restore-file", tmp_path / "checkpoint9.pt", "name the checkpoint to begin with, or leave"),
+        ("--restore-file", "none.pt", "name the checkpoint to begin with, or leave"),
+    ):
+        result = train(tmp_path, *command, flag, name, arch="transformer_adapter")
+        assert result.returncode != 0
+        assert result.last_line.startswith(f"kd_ext: error: {flag} {name}: no such file; {remedy}")
+        assert "Traceback" not in result.output
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
+    other = tmp_path / "other"
+    result = train(other, *command, "--continue-once", "none.pt", arch="transformer_adapter")
+    assert result.last_line.startswith("kd_ext: error: --continue-once none.pt: no such file; name the checkpoint to")
+    assert not list(other.glob("*.pt"))
 
 
 def test_another_adapter_in_the_same_folder(train, teacher, tmp_path):

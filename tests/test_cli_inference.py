@@ -54,6 +54,24 @@ def test_interactive_with_the_plugin(data, orphan):
     assert len(hypotheses(result.output)) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "--input {0}: No such file or directory"),
+        ("w1 \xe9\n".encode("latin-1"), "--input {0}: not in UTF-8 (byte 3: "),
+        (b"w1 " * 2000, "Size of sample #0 is invalid"),
+    ],
+)
+def test_files_that_interactive_cannot_translate(data, orphan, tmp_path, content, said):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    result = run(tmp_path / "log", "fairseq-interactive", data, *PLUGIN, "--path", orphan, "--cpu", "--input", path)
+    assert result.returncode != 0
+    assert result.last_line.startswith(f"kd_ext: error: {said.format(path)}")
+    assert "Traceback" not in result.output
+
+
 def test_validate_needs_no_teacher(data, orphan, student, tmp_path):
     """It reports upstream's loss: the one that the training run reported at its end."""
     reported = r"valid .*\| loss ([\d.]+) \| nll_loss ([\d.]+) \| ppl"

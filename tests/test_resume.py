@@ -133,6 +133,20 @@ def test_what_another_run_of_the_process_has_counted(monkeypatch):
     assert vars(counting) == {}
 
 
+def test_without_an_optimizers_state_nothing_goes_on(distil, tmp_path):
+    """fairseq would begin at update 0, in the middle of the data."""
+    assert distil(tmp_path, "--max-update", 4, "--no-save-optimizer-state").returncode == 0
+    before = (tmp_path / "checkpoint_last.pt").read_bytes()
+    result = distil(tmp_path, "--max-update", 6)
+    assert result.returncode != 0
+    assert result.last_line.startswith(
+        f"kd_ext: error: {tmp_path}/checkpoint_last.pt: it has no optimizer state, from "
+    )
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == before
+    reset = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
+    assert distil(tmp_path, "--max-update", 2, *reset).returncode == 0
+
+
 def test_given_again_after_its_time(distil, tmp_path):
     flags = ["--stop-time-hours", "1e-9"]
     assert distil(tmp_path, *flags).returncode == 0

@@ -2,13 +2,15 @@
 
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import fairseq_cli.train
 import numpy as np
 import pytest
 import torch
-from conftest import KD, load, strategy_flags
+from commands import run
+from conftest import KD, SIZES, TRAINING, load, strategy_flags
 from fairseq.logging import progress_bar
 
 from kd_ext.upstream import sanity_validation
@@ -92,21 +94,27 @@ def test_scores_patience_and_files_are_those_of_a_run_without_it(runs):
     with_it, without = (state(runs[flag][0])["extra_state"] for flag in (True, False))
     for key in ("best", "val_loss", "train_iterator"):
         assert with_it[key] == without[key]
-    for run in (1, 2):
+    for attempt in (1, 2):
         reports = [
-            [line.split("|", 1)[1].split("| wps")[0] for line in lines(runs[flag][run], r"INFO \| valid \|")]
+            [line.split("|", 1)[1].split("| wps")[0] for line in lines(runs[flag][attempt], r"INFO \| valid \|")]
             for flag in (True, False)
         ]
         assert reports[0] == reports[1]
         assert reports[0]
 
 
-def test_an_error_in_validation_comes_before_the_first_update(train, tmp_path):
-    result = train(tmp_path, *RANDOM, SANITY, "--best-checkpoint-metric", "bleu", "--max-update", "5")
-    assert result.returncode != 0
-    assert "KeyError: 'bleu'" in result.output
-    assert "train_inner" not in result.output
-    assert not list(tmp_path.glob("*.pt"))
+def test_an_error_in_validation_comes_before_the_first_update(data, tmp_path):
+    damaged = tmp_path / "data"
+    shutil.copytree(data, damaged)
+    binary = damaged / "valid.src-tgt.tgt.bin"
+    binary.write_bytes(binary.read_bytes()[:200])
+    command = [damaged, *TRAINING, "--arch", "transformer", *SIZES, *RANDOM, "--max-update", "5"]
+    for flags, trained in (([], True), ([SANITY], False)):
+        result = run(tmp_path / "log", "fairseq-train", *command, *flags, "--save-dir", tmp_path / "run")
+        assert result.returncode != 0
+        assert "buffer is smaller than requested size" in result.output
+        assert ("train_inner" in result.output) is trained
+        assert not list((tmp_path / "run").glob("*.pt"))
 
 
 def test_the_pass_is_full_and_fills_no_queue(train, teacher, tmp_path):

@@ -15,6 +15,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
+from kd_ext.tasks.checks import check_eval_bleu_args, check_parts
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
 from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
@@ -138,7 +139,10 @@ class TranslationWithKDTask(TranslationTask):
             raise ConfigError(f"{SIDE_FLAG} {cfg.kd_language_side}: unknown; one of {', '.join(SIDES)}")
         if cfg.teacher_dtype not in (None, *DTYPES):
             raise ConfigError(f"--teacher-dtype {cfg.teacher_dtype}: unknown; one of {', '.join(DTYPES)}")
-        return super().setup_task(cfg, **kwargs)
+        check_eval_bleu_args(cfg.eval_bleu_args)
+        task = super().setup_task(cfg, **kwargs)
+        check_parts(task)
+        return task
 
     def build_model(self, cfg, from_checkpoint=False):
         # validation and generation build their models from a checkpoint: only training needs a teacher

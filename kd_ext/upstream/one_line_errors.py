@@ -42,9 +42,10 @@ def apply() -> None:
 _OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]|pip install [a-z]")  # or of a package that a flag needs
 # what a flag's value or a model's settings are refused by
 _KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError, ImportError)
+_PLAIN = "Exception"  # by which sentences that are too long are refused
 _AT_ITS_END = re.compile(  # of a traceback as text: the last frame, and what was raised there
     r'File "[^"]*[\\/](?:fairseq|fairseq_cli)[\\/][^"]*", line \d+, in \w+\n(?:    .*\n)*'
-    rf"(?:{'|'.join(kind.__name__ for kind in _KINDS)}): (.*)\s*$"
+    rf"(?:{'|'.join([_PLAIN, *(kind.__name__ for kind in _KINDS)])}): (.*)\s*$"
 )
 # of a recipe's setting that a dataclass does not take: its name is in another line
 _OF_A_SETTING = re.compile(
@@ -82,12 +83,26 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
         said = in_short(reason)
         remedy = "give the flags of the model that it was trained with, or another checkpoint"
         return f"{outermost} ({type(reason).__name__}: {said}); {remedy}"
-    return _of_fairseq(outermost)
+    return _of_a_file(outermost) or _of_fairseq(outermost)
+
+
+def _of_a_file(error: Optional[BaseException]) -> Optional[str]:
+    """What the system has against a file that a flag names, or what is in it."""
+    words = sys.argv[1:]
+    flags = {value: flag for flag, value in zip(words, words[1:]) if flag.startswith("--")}
+    if isinstance(error, OSError) and error.filename in flags:
+        return f"{flags[error.filename]} {error.filename}: {error.strerror}"
+    if isinstance(error, UnicodeDecodeError) and "--input" in flags.values():
+        path = next(value for value, flag in flags.items() if flag == "--input")
+        return f"--input {path}: not in UTF-8 (byte {error.start}: {error.reason}); convert it, as by iconv"
+    return None
 
 
 def _of_fairseq(error: Optional[BaseException]) -> Optional[str]:
     """What fairseq says of a flag of its own."""
-    if not isinstance(error, _KINDS) or error.__traceback__ is None:
+    if error is None or not (isinstance(error, _KINDS) or type(error).__name__ == _PLAIN):
+        return None
+    if error.__traceback__ is None:
         return None
     frames = error.__traceback__
     while frames.tb_next is not None:

@@ -1,7 +1,9 @@
 """What tasks and models have to say when training is resumed, or begins from nothing."""
 
 import functools
+import glob
 import logging
+import os
 
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
@@ -26,8 +28,8 @@ def apply() -> None:
     A model that may have something against going on (``check_resumed``) is asked as well. fairseq compares no settings:
     that the weights compute what they computed before is seen here, where a run goes on, or a part of it is frozen.
 
-    Where there is no checkpoint fairseq begins from random weights, whatever ``--restore-file`` names: which are no
-    base for what a model freezes (``frozen_by``).
+    Where there is no checkpoint fairseq begins from random weights, whatever ``--restore-file`` names, over whatever is
+    in ``--save-dir``; and they are no base for what a model freezes (``frozen_by``).
     """
     original, saving = Trainer.load_checkpoint, Trainer.save_checkpoint
     if getattr(original, "_kd_ext", False):
@@ -69,10 +71,13 @@ def _check(trainer, filename, state, resumes) -> None:
     from kd_ext.files import trained_with
     from kd_ext.models.saved_settings import model_settings
 
-    if resumes and state.get(STRIPPED):
+    # nothing of it, of which an empty one would be something: without fairseq begins at update 0 in mid-data
+    has_optimizer = trainer.is_fsdp or any(name in state for name in ("last_optimizer_state", "optimizer"))
+    if resumes and (state.get(STRIPPED) or not has_optimizer):
+        what = "settings and weights alone" if state.get(STRIPPED) else "no optimizer state"
         raise ConfigError(
-            f"{filename}: it has settings and weights alone, from which no run can go on; begin from its weights by "
-            f"--finetune-from-model {filename} and another --save-dir"
+            f"{filename}: it has {what}, from which no run can go on; begin from its weights by --finetune-from-model "
+            f"{filename} and another --save-dir"
         )
     now = trained_with.of_task(trainer.task)
     if now:
@@ -87,7 +92,7 @@ def _check(trainer, filename, state, resumes) -> None:
 
 
 def _check_random(trainer, filename) -> None:
-    """Nothing was loaded: see that no random weights are frozen, and say if that is not what was asked for."""
+    """Nothing was loaded: see that this was asked for, and that no random weights are frozen."""
     cfg, named = trainer.cfg.checkpoint, None
     for name in ("restore_file", "continue_once"):
         if getattr(cfg, name, None) == filename:  # else it is the default, in --save-dir
@@ -101,8 +106,19 @@ def _check_random(trainer, filename) -> None:
             f"{frozen_by}: there is no checkpoint to begin with, and what is frozen {random}; name that of the base by "
             "--finetune-from-model"
         )
+    if named and not _is_to_be_written(filename, cfg.save_dir):
+        inside = os.path.join(cfg.save_dir, filename)
+        remedy = f"name {inside}" if os.path.isfile(inside) else "name the checkpoint to begin with"
+        raise ConfigError(f"{named}; {remedy}, or leave the flag out to begin from random weights")
     if named:
         logger.warning("%s; training begins from random weights", named)
+
+
+def _is_to_be_written(filename, save_dir) -> bool:
+    """Whether a file that is not there is one of a first run: a command that is given again and again names it."""
+    folder = os.path.realpath(save_dir)
+    in_folder = os.path.dirname(os.path.realpath(filename)) == folder
+    return in_folder and not glob.glob(os.path.join(glob.escape(folder), "checkpoint*.pt"))
 
 
 def _check_function(trainer, filename, state) -> None:

@@ -1,0 +1,82 @@
+"""What would end a run at its first validation, after an epoch of training, is an error before the first update."""
+
+import functools
+import logging
+from typing import Any, Iterator
+
+import numpy as np
+from fairseq import checkpoint_utils, utils
+from fairseq.tasks.translation import TranslationTask
+
+from kd_ext.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# the criterions of which it is known what they log in validation
+_CRITERIONS = ("cross_entropy", "label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_kd")
+_SCORES = ("loss", "nll_loss", "ppl")
+_HIGHER_IS_BETTER = ("bleu", "accuracy")
+
+
+def apply() -> None:
+    """Look at ``--best-checkpoint-metric`` and at the lengths of validation sentences (fairseq 0.12.2).
+
+    Of a score that nothing logs fairseq ends with a KeyError where it is to be compared, and of a sentence longer than
+    the model's positions with an error where the batches are made: in both cases before a checkpoint is written.
+    """
+    original = checkpoint_utils.load_checkpoint
+    if getattr(original, "_kd_ext_looks", False):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint(cfg, trainer, **kwargs):
+        if isinstance(getattr(trainer, "task", None), TranslationTask) and not trainer.cfg.dataset.disable_validation:
+            _check_metric(trainer)
+            _check_lengths(trainer)
+        return original(cfg, trainer, **kwargs)
+
+    load_checkpoint._kd_ext_looks = True
+    checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def _check_metric(trainer: Any) -> None:
+    cfg = trainer.cfg.checkpoint
+    metric, flag = cfg.best_checkpoint_metric, "--best-checkpoint-metric"
+    logs_more = type(trainer.task).reduce_metrics is not TranslationTask.reduce_metrics
+    if logs_more or getattr(trainer.cfg.criterion, "_name", None) not in _CRITERIONS:
+        return
+    logged = [*_SCORES, *(["bleu"] if trainer.task.cfg.eval_bleu else [])]
+    logged += ["accuracy"] if getattr(trainer.cfg.criterion, "report_accuracy", False) else []
+    if metric == "bleu" and "bleu" not in logged:
+        raise ConfigError(f"{flag} bleu: nothing is translated in validation; add --eval-bleu")
+    if metric not in logged:
+        raise ConfigError(f"{flag} {metric}: validation has no such score; one of {', '.join(logged)}")
+    if (metric in _HIGHER_IS_BETTER) != cfg.maximize_best_checkpoint_metric:
+        best, change = ("highest", "add") if metric in _HIGHER_IS_BETTER else ("lowest", "leave out")
+        logger.warning(
+            "%s %s: the best is the %s, and will be taken for the worst; %s --maximize-best-checkpoint-metric",
+            *(flag, metric, best, change),
+        )
+
+
+def _check_lengths(trainer: Any) -> None:
+    if trainer.cfg.dataset.skip_invalid_size_inputs_valid_test:
+        return
+    most = utils.resolve_max_positions(trainer.task.max_positions(), trainer.get_model().max_positions())
+    for name, dataset in _validation_sets(trainer):
+        _, ignored = dataset.filter_indices_by_size(np.arange(len(dataset)), most)
+        if ignored:
+            longest = max(dataset.size(i) for i in ignored)
+            raise ConfigError(
+                f"--valid-subset {name}: {len(ignored)} of its {len(dataset)} sentences, up to {longest[0]} and "
+                f"{longest[1]} tokens, are longer than the model's positions {most}; add "
+                "--skip-invalid-size-inputs-valid-test to leave them out, or raise --max-source-positions and "
+                "--max-target-positions"
+            )
+
+
+def _validation_sets(trainer: Any) -> Iterator[Any]:
+    for name in trainer.cfg.dataset.valid_subset.split(","):
+        dataset = trainer.task.datasets.get(name)
+        if hasattr(dataset, "filter_indices_by_size"):
+            yield name, dataset
