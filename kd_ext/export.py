@@ -1,7 +1,7 @@
 """``python -m kd_ext.export``: a student as something else can read it, and a check that two models are one.
 
-Nothing of this project or of the teacher is in the result: upstream's own ``transformer``, or a folder of CTranslate2
-or of Hugging Face transformers.
+Nothing of the teacher is in the result, and of this project no more than a mark: upstream's own ``transformer``, or a
+folder of CTranslate2 or of Hugging Face transformers.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.exporting import ctranslate2_format, fairseq_format, huggingface_format, refusals, sizes
 from kd_ext.exporting.comparison import compare
 from kd_ext.exporting.huggingface_translator import HuggingFaceTranslator, require_transformers
-from kd_ext.exporting.plain import as_upstream
+from kd_ext.exporting.plain import TOLERANCE, as_upstream
 from kd_ext.exporting.sentences import Sentences, random_sentences, sentences_for
 from kd_ext.exporting.student import Student, load_student
 from kd_ext.exporting.translators import (
@@ -26,7 +26,7 @@ from kd_ext.exporting.translators import (
     require_ctranslate2,
 )
 from kd_ext.files.writing import check_output
-from kd_ext.models.extension_flags import SIDES, activation_key
+from kd_ext.models.extension_flags import NO_ADAPTER, SIDES, activation_key
 
 FORMATS = ("fairseq", "ctranslate2", "huggingface")
 SENTENCES = 100
@@ -76,7 +76,7 @@ def _parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("-t", "--target-lang", metavar="TARGET", help="if neither the checkpoint nor the data says it")
     for side in SIDES:
         parser.add_argument(
-            f"--{activation_key(side).replace('_', '-')}",
+            _flag(activation_key(side)),
             metavar="ID",
             help=f"the {side}'s adapter to write as layers; 'none': no adapter; default: the one that was trained",
         )
@@ -91,7 +91,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
         for name in exporting:
             if getattr(options, name) is not None:
                 given = getattr(options, name)
-                shown = given if name in exporting[:2] else f"--{name.replace('_', '-')} {given}"
+                shown = given if name in exporting[:2] else f"{_flag(name)} {given}"
                 raise ConfigError(f"{shown}: not with --check, which writes nothing; leave one of them out")
         return
     if options.checkpoint is None or options.output is None:
@@ -138,7 +138,7 @@ def _export_ctranslate2(options: argparse.Namespace) -> None:
             f"{ours.longest_translation} or less"
         )
     sentences = _sentences(student, min(ours.longest, theirs.longest))
-    print(_compared(ours, theirs, sentences))
+    print(_compared(ours, theirs, sentences, exact=quantization == "float32"))
 
 
 def _export_huggingface(options: argparse.Namespace) -> None:
@@ -155,7 +155,7 @@ def _export_huggingface(options: argparse.Namespace) -> None:
         print(f"not compared: {error}")
         return
     ours, theirs = FairseqTranslator(student.model, student.task), HuggingFaceTranslator(options.output)
-    print(_compared(ours, theirs, _sentences(student, min(ours.longest, theirs.longest))))
+    print(_compared(ours, theirs, _sentences(student, min(ours.longest, theirs.longest)), exact=True))
 
 
 def _load(options: argparse.Namespace) -> Student:
@@ -196,6 +196,7 @@ def _check(options: argparse.Namespace) -> str:
     """Compare two models; what was found, in a line."""
     loaded = [_open(path, options) for path in options.check]
     (ours, student), (theirs, other) = loaded
+    _check_used(options, [found for found in (student, other) if found])
     for side, a, b in zip(("source", "target"), ours.vocabularies, theirs.vocabularies):
         if a != b:
             raise ConfigError(f"--check {' '.join(options.check)}: their {side} dictionaries are not the same words")
@@ -205,6 +206,24 @@ def _check(options: argparse.Namespace) -> str:
     else:
         sentences = random_sentences(ours.vocabularies[0], SENTENCES, longest)
     return _compared(ours, theirs, sentences)
+
+
+def _check_used(options: argparse.Namespace, students: List[Student]) -> None:
+    """See that there is a checkpoint, of those that were opened, for whatever was said about one."""
+    models = f"neither {options.check[0]} nor {options.check[1]}"
+    for key in ("data", "source_lang", "target_lang", *map(activation_key, SIDES)):
+        asked = getattr(options, key)
+        if asked is not None and not students:
+            raise ConfigError(f"{_flag(key)} {asked}: for a checkpoint, and {models} is one; leave it out")
+    for side in SIDES:
+        key = activation_key(side)
+        asked = getattr(options, key)
+        if asked not in (None, NO_ADAPTER) and not any(getattr(x.extensions, side).adapters for x in students):
+            raise ConfigError(f"{_flag(key)} {asked}: {models} has adapters in its {side}; leave it out")
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def _open(path: str, options: argparse.Namespace) -> Tuple[Any, Optional[Student]]:
@@ -219,12 +238,18 @@ def _open(path: str, options: argparse.Namespace) -> Tuple[Any, Optional[Student
     return FairseqTranslator(student.model, student.task), student
 
 
-def _compared(ours: Any, theirs: Any, sentences: Sentences) -> str:
+def _compared(ours: Any, theirs: Any, sentences: Sentences, exact: bool = False) -> str:
+    """What was found, in a line; `exact`: they are to be one model but for rounding in float32."""
     found = compare(ours, theirs, sentences.tokens, "translating with both")
     if math.isnan(found.score):
         raise ConfigError(
             "the models cannot be compared: a log-probability is not a number; weights are damaged, or too large for "
             "the precision that they are stored in"
+        )
+    if exact and found.score > TOLERANCE:
+        raise ConfigError(
+            f"what was written is another model, do not use it: {found}, where rounding makes less than {TOLERANCE}; "
+            "try another release of the library that reads it"
         )
     return f"{found} ({len(sentences.tokens)} sentences {sentences.origin}, beam {BEAM})"
 

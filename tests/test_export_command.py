@@ -216,6 +216,28 @@ def test_what_cannot_be_written_leaves_no_dictionaries(exportable, tmp_path, mon
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_an_adapter_that_neither_has(side, exportable, export):
+    path = exportable["compact"]
+    result = export("--check", path, path, f"--activate-{side}-adapter", "nosuch")
+    assert result.returncode == 1
+    assert f"--activate-{side}-adapter nosuch: neither" in result.last_line
+    assert f"has adapters in its {side}; leave it out" in result.last_line
+
+
+def test_what_fairseq_cannot_run_is_refused(exportable, tmp_path, export):
+    """Of swish it calls the class; an adapter of silu, the same function, can be no layer of its models."""
+    state = load(exportable["adapted"])
+    vars(state["cfg"]["model"]).update(activation_fn="swish", adapter_activation_fn="silu")
+    path = tmp_path / "swish.pt"
+    torch.save(state, path)
+    for arguments in (["--check", path, path], [path, tmp_path / "out.pt", "--format", "fairseq"]):
+        result = export(*arguments)
+        assert result.returncode == 1
+        assert f"{path}: --activation-fn swish: fairseq can build a model with it, and run none" in result.last_line
+    assert os.listdir(tmp_path) == ["swish.pt"]
+
+
 class Says:
     """A translator whose words are always likely by so much."""
 

@@ -4,20 +4,23 @@ import json
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from commands import run_as_typed
+from commands import ROOT, run_as_typed
 from conftest import load
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
 from test_exported_weights import student_of
 from tiny_models import adapters, both, dictionary, settings
 
+from kd_ext import export
 from kd_ext.errors import ConfigError
 from kd_ext.export import main
-from kd_ext.exporting import seven_bits
+from kd_ext.exporting import folders, seven_bits
+from kd_ext.exporting.comparison import Comparison
 from kd_ext.exporting.ctranslate2_format import write_folder
 from kd_ext.exporting.refusals import check_ctranslate2
 from kd_ext.exporting.sentences import random_sentences
@@ -56,7 +59,7 @@ def test_as_typed(exportable, tmp_path):
 
 
 def test_ctranslate2s_own_command_takes_an_exported_checkpoint(exportable, tmp_path, capsys):
-    """Nothing but its converter: the same bytes."""
+    """Nothing but its converter: the same bytes, and the mark in the settings."""
     from ctranslate2.converters import FairseqConverter
 
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -64,8 +67,11 @@ def test_ctranslate2s_own_command_takes_an_exported_checkpoint(exportable, tmp_p
     run_here(capsys, exportable["compact"], ours, "--format", "ctranslate2")
     FairseqConverter(str(tmp_path / "model.pt"), str(tmp_path)).convert(str(theirs))
     assert sorted(os.listdir(ours)) == sorted(os.listdir(theirs))
-    for name in os.listdir(ours):
+    for name in ("model.bin", "shared_vocabulary.json"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    mark = {"exported_by": "kd_ext.export"}
+    config = json.loads((theirs / "config.json").read_text())
+    assert json.loads((ours / "config.json").read_text()) == {**config, **mark}
 
 
 def test_stacked_layers_are_stored_once(exportable, tmp_path, capsys):
@@ -112,6 +118,47 @@ def test_an_older_folder_is_replaced_and_no_other(exportable, tmp_path, capsys):
         main([str(exportable["compact"]), str(out), "--format", "ctranslate2"])
     assert (out / "mine.txt").read_text() == "kept"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("config", [None, "{}", "[1]", "[" * 100_000, '{"add_source_eos": true}'])
+def test_somebody_elses_model_is_not_replaced(config, tmp_path):
+    """A fastText model, one of CTranslate2's that another command wrote: the files have the same names."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.bin").write_text("kept")
+    if config is not None:
+        (out / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=r"out: is there, with (config\.json|model\.bin) in it"):
+        main(["nowhere.pt", str(out), "--format", "ctranslate2"])  # before it looks for that
+    assert (out / "model.bin").read_text() == "kept"
+
+
+def test_output_as_typed(tmp_path, monkeypatch):
+    """A slash at the end is for folders, and nothing is not the folder one is in."""
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    for typed, reason in (("file/", "no folder"), ("", "with file in it"), ("out/", "nowhere.pt: no such file")):
+        with pytest.raises(ConfigError, match=reason):
+            main(["nowhere.pt", typed, "--format", "ctranslate2"])
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_older_folder_is_put_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.bin").write_text("kept")
+    rename = os.rename
+
+    def refused(source, target):
+        if source.endswith(".tmp"):
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+        with folders.folder_written_whole(str(tmp_path / "out")) as part:
+            os.mkdir(part)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "model.bin").read_text() == "kept"
 
 
 @pytest.mark.parametrize("name", ["config.json", "shared_vocabulary.json"])
@@ -204,6 +251,84 @@ def test_a_disk_that_fills_up_leaves_nothing(exportable, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def random_student(folder, args):
+    model, extensions = student_of(args, torch.float32)
+    for language in ("src", "tgt"):
+        dictionary().save(str(folder / f"dict.{language}.txt"))
+    cfg = OmegaConf.structured(TranslationConfig(data=str(folder), source_lang="src", target_lang="tgt"))
+    return Student("student.pt", model, args, extensions, TranslationTask.setup_task(cfg), 1, str(folder))
+
+
+@pytest.fixture
+def padding_is_likely(tmp_path):
+    """A folder, out, of a model whose likeliest word is padding."""
+    student = random_student(tmp_path, settings())
+    decoder = student.model.decoder
+    with torch.no_grad():
+        decoder.output_projection.weight[1] = 30 * decoder.layers[-1].final_layer_norm.bias
+    write_folder(student, str(tmp_path / "out"), "float32", 7)
+    sentence = ["w5", "w7", "w9"]
+    bare = ctranslate2.Translator(str(tmp_path / "out")).translate_batch([sentence], max_decoding_length=9)
+    assert "<blank>" in bare[0].hypotheses[0]
+    return SimpleNamespace(folder=tmp_path / "out", student=student, sentence=sentence)
+
+
+def test_padding_is_never_said(padding_is_likely):
+    translator = CTranslate2Translator(str(padding_is_likely.folder))
+    (found,) = translator.translate([padding_is_likely.sentence], 9)
+    assert len(found) == 9
+    assert "<blank>" not in found
+
+
+def test_the_service_of_the_docs(padding_is_likely, monkeypatch, capsys):
+    pieces = SimpleNamespace(encode=lambda text, out_type: padding_is_likely.sentence, decode=" ".join)
+    processor = SimpleNamespace(SentencePieceProcessor=lambda model_file: pieces)
+    monkeypatch.setitem(sys.modules, "sentencepiece", processor)
+    monkeypatch.chdir(padding_is_likely.folder.parent)
+    page = (ROOT / "docs/deploying.md").read_text()
+    exec(re.search(r"^```python\n(import ctranslate2.*?)^```$", page, re.DOTALL | re.MULTILINE)[1], {})
+    said = capsys.readouterr().out
+    assert "w" in said
+    assert "<blank>" not in said
+
+
+def test_vocabularies_of_older_and_of_other_releases(padding_is_likely):
+    """Text, one word a line; and that of both sides comes first, as for CTranslate2, whatever lies beside it."""
+    folder = padding_is_likely.folder
+    expected = (dictionary().symbols,) * 2
+    (folder / "source_vocabulary.json").write_text("{")
+    assert CTranslate2Translator(str(folder)).vocabularies == expected
+    path = folder / "shared_vocabulary.json"
+    words = json.loads(path.read_text())
+    path.unlink()
+    (folder / "source_vocabulary.json").unlink()
+    for side in ("source", "target"):
+        (folder / f"{side}_vocabulary.txt").write_text("".join(f"{word}\n" for word in words))
+    assert CTranslate2Translator(str(folder)).vocabularies == expected
+    for side in ("source", "target"):  # a model of somebody else's, without a word for padding
+        (folder / f"{side}_vocabulary.txt").write_text("".join(f"{word}\n" for word in ["<s>", "a", *words[2:]]))
+    assert len(CTranslate2Translator(str(folder)).translate([["w5"]], 9)[0]) == 9
+
+
+@pytest.mark.parametrize("flag", ["--data", "--source-lang", "--target-lang", "--activate-encoder-adapter"])
+def test_folders_have_no_use_for_what_is_said_of_checkpoints(flag, padding_is_likely):
+    out = str(padding_is_likely.folder)
+    with pytest.raises(ConfigError, match=rf"^{flag} x: for a checkpoint, and neither .* leave it out$"):
+        main(["--check", out, out, flag, "x"])
+
+
+@pytest.mark.parametrize("quantization", ["float32", "int8"])
+def test_scores_beyond_rounding(quantization, exportable, tmp_path, capsys, monkeypatch):
+    """Of int8 they are to be expected; of float32 they mean that the folder is wrong."""
+    monkeypatch.setattr(export, "compare", lambda *given: Comparison(20, 0, 1, 0.01, 200))
+    arguments = [exportable["compact"], tmp_path / "out", "--format", "ctranslate2", "--quantization", quantization]
+    if quantization == "int8":
+        assert "1 of 20 translations differ" in run_here(capsys, *arguments).splitlines()[-1]
+        return
+    with pytest.raises(ConfigError, match=r"another model, do not use it: 1 of 20 translations differ.* by 0\.01 at"):
+        run_here(capsys, *arguments)
+
+
 VARIANTS = {
     "post-norm": {},
     "pre-norm, gelu": {"activation_fn": "gelu", **both(normalize_before=True)},
@@ -223,17 +348,11 @@ VARIANTS = {
 def test_scores_of_random_models(variant, tmp_path):
     """Whatever the converter is given: a vocabulary, a scale or a projection that it took wrongly would show."""
     args = settings(layers=2, **{"encoder_embed_dim": 16, **VARIANTS[variant]})
-    model, extensions = student_of(args, torch.float32)
-    words = dictionary()
-    for language in ("src", "tgt"):
-        words.save(str(tmp_path / f"dict.{language}.txt"))
-    cfg = OmegaConf.structured(TranslationConfig(data=str(tmp_path), source_lang="src", target_lang="tgt"))
-    task = TranslationTask.setup_task(cfg)
-    student = Student("student.pt", model, args, extensions, task, 1, str(tmp_path))
+    student = random_student(tmp_path, args)
     check_ctranslate2(student)
     write_folder(student, str(tmp_path / "out"), "float32", 7)
-    sources, targets = (random_sentences(words.symbols, 50, n).tokens for n in (9, 7))
-    ours = FairseqTranslator(model, task).score(sources, targets)
+    sources, targets = (random_sentences(dictionary().symbols, 50, n).tokens for n in (9, 7))
+    ours = FairseqTranslator(student.model, student.task).score(sources, targets)
     theirs = CTranslate2Translator(str(tmp_path / "out")).score(sources, targets)
     assert [len(x) for x in ours] == [len(x) + 1 for x in targets]
     for a, b in zip(ours, theirs):

@@ -5,10 +5,11 @@ import json
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import run_as_typed
+from commands import ROOT, run_as_typed
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import OmegaConf
@@ -19,7 +20,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.export import main
 from kd_ext.exporting import huggingface_format
 from kd_ext.exporting.huggingface_format import POST_NORM, PRE_NORM, write_folder
-from kd_ext.exporting.huggingface_translator import require_transformers
+from kd_ext.exporting.huggingface_translator import HuggingFaceTranslator, require_transformers
 from kd_ext.exporting.refusals import check_huggingface
 from kd_ext.exporting.student import Student
 
@@ -225,6 +226,83 @@ def test_a_folder_that_the_library_saved_is_not_replaced(exportable, tmp_path):
     with pytest.raises(ConfigError, match=r"with config.json in it"):
         main([str(exportable["compact"]), str(tmp_path), "--format", "huggingface"])
     assert (tmp_path / "model.safetensors").read_bytes() == b"kept"
+
+
+ARCHITECTURE = f'"architectures": ["{PRE_NORM}"]'
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[" * 100_000, "[1]", f'{{{ARCHITECTURE}, "langs": 5}}', f'{{{ARCHITECTURE}, "langs": ["src", "tgt"]}}'],
+)
+def test_a_config_that_somebody_brought(config, tmp_path):
+    """Of a class that is exported, or of whatever: the folder is refused, in one line, and kept."""
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "dict.src.txt").write_text("kept 1\n")
+    with pytest.raises(ConfigError, match=r"with config.json in it"):
+        main(["nowhere.pt", str(tmp_path), "--format", "huggingface"])
+    assert (tmp_path / "dict.src.txt").read_text() == "kept 1\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ("{", r"config\.json: damaged, or not JSON"),
+        ("[" * 100_000, r"config\.json: damaged, or not JSON \(maximum recursion"),
+        ("[1]", r"config\.json: has no names and values"),
+        (f'{{{ARCHITECTURE}, "langs": 5}}', r'config\.json: "langs" 5: not two languages'),
+        (f"{{{ARCHITECTURE}}}", r'config\.json: "langs" None: not two languages'),
+        (f'{{{ARCHITECTURE}, "langs": ["src", "tgt"]}}', r"dict\.src\.txt: cannot be read: No such file"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_one_line(config, reason, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(**{POST_NORM: Library, PRE_NORM: Library}))
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=reason):
+        main(["--check", str(tmp_path), str(tmp_path)])
+
+
+class Library:
+    """A class of transformers, as far as it is asked for."""
+
+    from_pretrained = None
+
+
+def test_a_dictionary_that_the_user_put_there_is_kept(tmp_path):
+    out = tmp_path / "out"
+    write_folder(student(tmp_path, settings()), str(out))
+    huggingface_format.check_folder(str(out))
+    (out / "dict.mine.txt").write_text("kept 1\n")
+    with pytest.raises(ConfigError, match=r"with dict\.mine\.txt in it"):
+        huggingface_format.check_folder(str(out))
+
+
+def test_the_config_may_leave_out_what_the_library_knows(tmp_path, capsys):
+    needs_transformers()
+    out = tmp_path / "out"
+    write_folder(student(tmp_path, settings()), str(out))
+    config = json.loads((out / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert HuggingFaceTranslator(str(out)).longest == 1024
+
+
+def test_the_words_of_the_docs(tmp_path, monkeypatch, capsys):
+    """The dictionary of a project may have words that take the place of earlier ones."""
+    (tmp_path / "out").mkdir()
+    for language in ("src", "tgt"):
+        (tmp_path / "out" / f"dict.{language}.txt").write_text("w5 9\nw7 8 #fairseq:overwrite\nw9 7\n")
+    expected = Dictionary.load(str(tmp_path / "out" / "dict.tgt.txt"))
+    # says what it is given
+    model = SimpleNamespace(eval=lambda: SimpleNamespace(generate=lambda ids: ids))
+    loader = SimpleNamespace(from_pretrained=lambda folder: model)
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoModelForSeq2SeqLM=loader))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/deploying.md").read_text()
+    found = {}
+    exec(re.search(r"^```python\n(import torch.*?)^```$", page, re.DOTALL | re.MULTILINE)[1], found)
+    assert found["target"] == expected.symbols
+    assert capsys.readouterr().out == "['w5', 'w7', 'w9']\n"
 
 
 def test_as_many_words_as_there_are_positions(tmp_path):

@@ -3,33 +3,39 @@
 import inspect
 import os
 import tempfile
-from typing import Optional
+from typing import Any, Dict, Optional, Set
 
 import torch
 
 from kd_ext.errors import ConfigError, in_short
 from kd_ext.exporting import folders, seven_bits
+from kd_ext.exporting.brought_json import CONFIG
 from kd_ext.exporting.fairseq_format import write_checkpoint, write_dictionaries
 from kd_ext.exporting.plain import Plain, as_upstream
 from kd_ext.exporting.student import Student
-from kd_ext.exporting.translators import is_ctranslate2, require_ctranslate2
+from kd_ext.exporting.translators import require_ctranslate2
 from kd_ext.files.safe_loading import HAS_SAFE_GLOBALS
 
 # what CTranslate2 can store weights in; on a machine that lacks a kind it takes another when it loads them
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
 # what its converter writes
-_FILES = {"model.bin", "config.json", *(f"{kind}_vocabulary.json" for kind in ("source", "target", "shared"))}
+_FILES = {"model.bin", CONFIG, *(f"{kind}_vocabulary.json" for kind in ("source", "target", "shared"))}
+# in config.json, where CTranslate2 passes over it: other folders of its converter's have files of the same names
+_MARK, _OURS = "exported_by", "kd_ext.export"
 _REST = {"int8_float16": torch.float16, "int8_bfloat16": torch.bfloat16}
 
 
 def check_folder(path: str) -> None:
-    """See that a folder can be written: there is none, or an empty one, or an older one of CTranslate2.
+    """See that a folder can be written: there is none, or an empty one, or an older one of this format.
 
     Raises:
         ConfigError: something else is there
     """
-    ours = is_ctranslate2(path)  # its other files have names that anyone's may have
-    folders.check_folder(path, lambda name: ours and name in _FILES, "CTranslate2")
+    folders.check_folder(path, _written)
+
+
+def _written(config: Dict[str, Any]) -> Set[str]:
+    return _FILES if config.get(_MARK) == _OURS else set()
 
 
 def write_folder(student: Student, path: str, quantization: str, int8_bits: int) -> Plain:
@@ -60,10 +66,11 @@ def _convert(student: Student, checkpoint: str, output: str, quantization: str, 
         rest = _REST.get(quantization, torch.float32)
 
     class Converter(FairseqConverter):
-        """Its own, with weights that are quantized already where they are to have 7 bits."""
+        """Its own, with a mark, and with weights that are quantized already where they are to have 7 bits."""
 
         def _load(self):
             spec = super()._load()
+            spec.config.add_attribute(_MARK, _OURS)
             if rest is not None:
                 seven_bits.quantize(spec, rest)
             return spec

@@ -1,36 +1,46 @@
-"""Folders that appear whole or not at all, and take the place of nothing but an older one of their kind."""
+"""Folders that appear whole or not at all, and take the place of nothing but an older one of this command's."""
 
 import contextlib
 import os
 import shutil
-from typing import Callable, Iterator
+from typing import Any, Callable, Collection, Dict, Iterator
 
 from kd_ext.errors import ConfigError
+from kd_ext.exporting.brought_json import read_config
 from kd_ext.files.writing import PART
 
 
-def check_folder(path: str, is_ours: Callable[[str], bool], writer: str) -> None:
-    """See that a folder can be written: there is none, or an empty one, or an older one of the same kind.
+def check_folder(path: str, written: Callable[[Dict[str, Any]], Collection[str]]) -> None:
+    """See that a folder can be written: there is none, or an empty one, or an older one of the same format.
 
     Args:
         path: that was asked for
-        is_ours: of the name of a file in it
-        writer: whose files are such
+        written: of a folder's ``config.json``, the names of the files that this command wrote with it; none, if that
+            is not of this command
 
     Raises:
         ConfigError: something else is there
     """
-    if os.path.isdir(path):
-        others = sorted(name for name in os.listdir(path) if not is_ours(name))
+    target = os.path.abspath(path)  # "" is the folder one is in, which is not to be replaced; out/ may be a file
+    if os.path.isdir(target):
+        others = sorted(set(os.listdir(target)).difference(written(_config_in(target))))
         if others:
             raise ConfigError(
-                f"{path}: is there, with {others[0]} in it, which {writer} does not write; name another folder"
+                f"{path}: is there, with {others[0]} in it, which is not known to be of this command; name another "
+                "folder, or remove this one"
             )
-    elif os.path.lexists(path):
+    elif os.path.lexists(target):
         raise ConfigError(f"{path}: is there, and no folder; name another one to write")
-    parent = os.path.dirname(os.path.abspath(path))
+    parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise ConfigError(f"{path}: no folder {parent}; make it first")
+
+
+def _config_in(path: str) -> Dict[str, Any]:
+    try:
+        return read_config(path)
+    except ConfigError:  # this command writes none that cannot be read
+        return {}
 
 
 @contextlib.contextmanager
@@ -54,7 +64,13 @@ def folder_written_whole(path: str) -> Iterator[str]:
 def _put(part: str, path: str) -> None:
     """Give a folder its name; an older one steps aside first, as no folder can take the place of a full one."""
     old = f"{part}.old"
-    if os.path.isdir(path) and os.listdir(path):
+    steps_aside = os.path.isdir(path) and os.listdir(path)
+    if steps_aside:
         os.rename(path, old)
-    os.rename(part, path)
+    try:
+        os.rename(part, path)
+    except BaseException:
+        if steps_aside:
+            os.rename(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -6,13 +6,14 @@ Both classes compute what upstream's ``transformer`` does. Writing needs nothing
 import json
 import os
 import re
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Set
 
 import torch
 from torch import Tensor
 
 from kd_ext.errors import ConfigError
 from kd_ext.exporting import folders
+from kd_ext.exporting.brought_json import CONFIG, read_config
 from kd_ext.exporting.factors import OUTPUT
 from kd_ext.exporting.fairseq_format import write_dictionaries
 from kd_ext.exporting.plain import Plain, as_upstream
@@ -25,9 +26,7 @@ from kd_ext.models.extension_flags import SIDES
 POST_NORM, PRE_NORM = "FSMTForConditionalGeneration", "M2M100ForConditionalGeneration"
 _TYPES = {POST_NORM: "fsmt", PRE_NORM: "m2m_100"}
 
-CONFIG = "config.json"
 _GENERATION, _SAFE, _PICKLED = "generation_config.json", "model.safetensors", "pytorch_model.bin"
-_FILE = re.compile(rf"{CONFIG}|{_GENERATION}|{_SAFE}|{_PICKLED}|dict\..+\.txt")
 
 _TABLES = tuple(f"{side}.embed_tokens.weight" for side in SIDES)
 # a layer's, and the layer norm behind the last of a pre-norm side: they have the same names there
@@ -43,25 +42,24 @@ def class_for(student: Student) -> str:
 
 
 def is_huggingface(path: str) -> bool:
-    """Whether a folder is one that this command wrote, or could have."""
-    return _config_in(path).get("architectures") in ([POST_NORM], [PRE_NORM])
+    """Whether a folder is one that this command wrote, or could have.
+
+    Raises:
+        ConfigError: its ``config.json`` cannot be read
+    """
+    return _is_of_a_class(read_config(path))
 
 
-def _config_in(path: str) -> Dict[str, Any]:
-    try:
-        with open(os.path.join(path, CONFIG), encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+def _is_of_a_class(config: Dict[str, Any]) -> bool:
+    return config.get("architectures") in ([POST_NORM], [PRE_NORM])
 
 
-def _is_as_written(path: str) -> bool:
-    """Whether a folder is as this command left it: not one that the library saved, of whoever's fine-tuned model."""
-    config = _config_in(path)
-    names = [f"dict.{language}.txt" for language in config.get("langs") or [""]]
-    there = all(os.path.isfile(os.path.join(path, name)) for name in names)
-    return is_huggingface(path) and "transformers_version" not in config and there
+def dictionary_names(config: Dict[str, Any]) -> List[str]:
+    """Of the files with the source and target words, by ``config.json``; none, if that does not name two languages."""
+    languages = config.get("langs")
+    if not isinstance(languages, list) or len(languages) != 2:
+        return []
+    return [f"dict.{language}.txt" for language in languages]
 
 
 def check_folder(path: str) -> None:
@@ -70,8 +68,16 @@ def check_folder(path: str) -> None:
     Raises:
         ConfigError: something else is there
     """
-    ours = _is_as_written(path)
-    folders.check_folder(path, lambda name: ours and _FILE.fullmatch(name) is not None, "this command")
+    folders.check_folder(path, lambda config: _written(path, config))
+
+
+def _written(path: str, config: Dict[str, Any]) -> Set[str]:
+    """The files of a folder that is as this command left it, not as the library saved whoever's fine-tuned model."""
+    dictionaries = dictionary_names(config)
+    there = dictionaries and all(os.path.isfile(os.path.join(path, name)) for name in dictionaries)
+    if not there or not _is_of_a_class(config) or "transformers_version" in config:
+        return set()
+    return {CONFIG, _GENERATION, _SAFE, _PICKLED, *dictionaries}
 
 
 def write_folder(student: Student, path: str) -> Plain:

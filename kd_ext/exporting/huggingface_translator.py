@@ -1,7 +1,6 @@
 """A folder of Hugging Face transformers as something that translates and scores sentences: words in, words out."""
 
 import contextlib
-import json
 import os
 import sys
 from typing import Any, Iterator, List, Sequence
@@ -10,8 +9,10 @@ import torch
 from fairseq.data import Dictionary, data_utils
 
 from kd_ext.errors import ConfigError, in_short
-from kd_ext.exporting.huggingface_format import CONFIG, OTHERS, POST_NORM, PRE_NORM
+from kd_ext.exporting.brought_json import CONFIG, read_config
+from kd_ext.exporting.huggingface_format import OTHERS, POST_NORM, PRE_NORM, dictionary_names
 from kd_ext.exporting.translators import Tokens, batches
+from kd_ext.files.dictionaries import load_dictionary
 
 INSTALL = "pip install transformers"
 
@@ -67,19 +68,23 @@ class HuggingFaceTranslator:
 
     def __init__(self, folder: str) -> None:
         transformers = require_transformers()
-        with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
-            config = json.load(file)
+        config = read_config(folder)
+        names = dictionary_names(config)
+        if not names:
+            raise ConfigError(
+                f'{os.path.join(folder, CONFIG)}: "langs" {config.get("langs")}: not two languages; name a folder that '
+                "--format huggingface wrote"
+            )
+        self._source, self._target = (load_dictionary(os.path.join(folder, name)) for name in names)
         try:
             self._model = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
-            self._source, self._target = (
-                Dictionary.load(os.path.join(folder, f"dict.{language}.txt")) for language in config["langs"]
-            )
+            # as the library has them, which knows what a file does not say
+            self.longest = int(self._model.config.max_position_embeddings)
+            self.longest_translation = self._model.generation_config.max_length - OTHERS
         except Exception as error:  # whatever it has against files that are not what was written
             said = in_short(error)
             raise ConfigError(f"{folder}: transformers {transformers.__version__} cannot read it ({said})") from error
         self.vocabularies = (self._source.symbols, self._target.symbols)
-        self.longest = config["max_position_embeddings"]
-        self.longest_translation = self._model.generation_config.max_length - OTHERS
 
     @torch.no_grad()
     def translate(self, sentences: Sequence[Tokens], longest: int) -> List[Tokens]:

@@ -20,7 +20,7 @@ from kd_ext.models.layers import is_dead
 from kd_ext.modules.random_state import random_state_kept
 
 # Between log-probabilities: what a rounding more or less comes to in a deep model is less, what is lost is more.
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 _UNSET = re.compile(r"\._float_tensor$")  # a buffer of fairseq's of which the dtype matters; it is never given a value
 
 
@@ -120,7 +120,7 @@ def _check_same(student: Student, model: nn.Module) -> None:
     with torch.no_grad():
         ours, theirs = (m.get_normalized_probs(m(**batch), log_probs=True) for m in (student.model, model))
     difference = (ours - theirs).abs().max()
-    if not difference <= _TOLERANCE:  # nor NaN
+    if not difference <= TOLERANCE:  # nor NaN
         raise ConfigError(
             f"{student.path}: upstream's transformer computes something else with its weights (log-probabilities "
             f"differ by {float(difference):.2g}): it was trained with what this command does not know"

@@ -7,10 +7,8 @@ from kd_ext.errors import ConfigError
 from kd_ext.exporting.student import Student
 from kd_ext.models.extension_flags import NO_ADAPTER, SIDES, AdapterSettings, activation_key
 
-# of the adapters' activations, the name that upstream has for the same function
-_UPSTREAM_ACTIVATIONS = {"silu": "swish"}
 # of CTranslate2's converter
-_ACTIVATIONS = ("relu", "gelu", "gelu_accurate", "gelu_fast", "swish")
+_ACTIVATIONS = ("relu", "gelu", "gelu_accurate", "gelu_fast")
 
 # of Hugging Face transformers, the name for what upstream computes
 HUGGINGFACE_ACTIVATIONS = {
@@ -46,7 +44,7 @@ def _reasons_of_adapter(side: str, found: AdapterSettings, settings: Namespace) 
     reasons = []
     if found.gated:
         reasons.append(f"--{side}-adapter-use-gating: a layer has no gate on what it adds")
-    if _UPSTREAM_ACTIVATIONS.get(found.activation, found.activation) != settings.activation_fn:
+    if found.activation != settings.activation_fn:
         reasons.append(
             f"--adapter-activation-fn {found.activation}: all layers of a model have one activation, and this one's is "
             f"{settings.activation_fn}"

@@ -90,6 +90,7 @@ def load_student(
         )
     _check_finite(path, model)
     settings = _filled(cfg.model)
+    _check_activation(path, settings.activation_fn)
     return Student(path, model.eval(), settings, read_extensions(settings), task, updates, task.cfg.data)
 
 
@@ -100,6 +101,15 @@ def _check_finite(path: str, model: nn.Module) -> None:
                 f"{path}: its {name} has values that are not finite numbers: its training diverged; name an earlier "
                 "checkpoint"
             )
+
+
+def _check_activation(path: str, name: str) -> None:
+    """See that fairseq 0.12.2 can run a model: of ``swish`` it calls the class where it means the function."""
+    if name == "swish":
+        raise ConfigError(
+            f"{path}: --activation-fn swish: fairseq can build a model with it, and run none; name a checkpoint with "
+            f"one of {', '.join(utils.get_available_activation_fns())}"
+        )
 
 
 def _check_task(path: str, name: str) -> None:

@@ -1,6 +1,5 @@
 """A model that translates and scores sentences, in fairseq or in CTranslate2: words in, words out."""
 
-import json
 import os
 from typing import Any, List, Sequence
 
@@ -10,6 +9,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from torch import nn
 
 from kd_ext.errors import ConfigError, in_short
+from kd_ext.exporting.brought_json import read_json
 
 Tokens = List[str]
 
@@ -18,6 +18,7 @@ LONGEST = 200  # words of a translation: fairseq's default, where CTranslate2's 
 # Both may say nothing: to forbid it CTranslate2 takes the end out before the softmax and fairseq after it, by which
 # their scores differ.
 _SHORTEST = 0
+_PADDING = "<blank>"  # as CTranslate2 calls it
 INSTALL = "pip install 'fairseq-kd-ext[export]', or pip install ctranslate2"
 
 
@@ -92,7 +93,10 @@ class CTranslate2Translator:
         except RuntimeError as error:
             raise ConfigError(f"{folder}: CTranslate2 cannot read it ({in_short(error)})") from error
         self._folder = folder
-        self.vocabularies = (_vocabulary(folder, "source"), _vocabulary(folder, "target"))
+        words = [_vocabulary(folder, side) for side in ("source", "target")]
+        # fairseq never says it; CTranslate2 takes no word here that the model does not have
+        self._never = [[_PADDING]] if _PADDING in words[1] else None
+        self.vocabularies = tuple(["<pad>" if word == _PADDING else word for word in side] for side in words)
 
     def translate(self, sentences: Sequence[Tokens], longest: int) -> List[Tokens]:
         """The best of a beam of five, of so many words at most.
@@ -107,6 +111,7 @@ class CTranslate2Translator:
                 max_batch_size=BATCH,
                 max_decoding_length=longest,
                 min_decoding_length=_SHORTEST,
+                suppress_sequences=self._never,
             )
         except RuntimeError as error:
             said = in_short(error)
@@ -140,13 +145,15 @@ def is_ctranslate2(path: str) -> bool:
 
 
 def _vocabulary(folder: str, side: str) -> List[str]:
-    """A side's words, padding by fairseq's name."""
-    for name in (f"{side}_vocabulary.json", "shared_vocabulary.json"):
+    """A side's words, of the file that CTranslate2 reads of those in a folder that it could load."""
+    for name in ("shared_vocabulary", f"{side}_vocabulary"):
         path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                return ["<pad>" if word == "<blank>" else word for word in json.load(file)]
-    raise ConfigError(f"{folder}: no {side} vocabulary in it; name the folder that CTranslate2 wrote")
+        if os.path.isfile(f"{path}.json"):
+            return read_json(f"{path}.json")
+        if os.path.isfile(f"{path}.txt"):  # of older releases
+            with open(f"{path}.txt", encoding="utf-8", errors="replace", newline="\n") as file:
+                return [line.rstrip("\r\n") for line in file]
+    raise ConfigError(f"{folder}: no one {side} vocabulary in it; name the folder of a model with one for each side")
 
 
 def batches(sentences: Sequence[Tokens]) -> List[Sequence[Tokens]]:
