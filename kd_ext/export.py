@@ -27,6 +27,7 @@ from kd_ext.exporting.translators import (
 )
 from kd_ext.files.writing import check_output
 from kd_ext.models.extension_flags import NO_ADAPTER, SIDES, activation_key
+from kd_ext.parsing import Parser
 
 FORMATS = ("fairseq", "ctranslate2", "huggingface")
 SENTENCES = 100
@@ -50,7 +51,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def _parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kd_ext.export", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m kd_ext.export", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="?", help="of a student")
     parser.add_argument("output", nargs="?", help="the file to write with --format fairseq, else the folder")
     parser.add_argument("--format", choices=FORMATS)
