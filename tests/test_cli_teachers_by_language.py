@@ -133,6 +133,16 @@ def test_tags_that_only_teachers_need(train, teacher, other, tmp_path):
     assert "languages of the training set" not in result.output
 
 
+def test_listed_tags_in_another_order(train, teacher, other, tmp_path):
+    """They are the same teachers, to a run that goes on and to a cache."""
+    flags = [*KD, *strategy_flags("word_level"), PATH, f"__src__hi={teacher},...={other}"]
+    flags += ["--teacher-cache-top-k", 4, "--teacher-cache-dir", tmp_path / "cache"]
+    for tags, updates in (("__src__hi,__src__ta,__src__bn", 3), ("__src__bn,__src__hi,__src__ta", 5)):
+        result = train(tmp_path / "run", *flags, "--kd-language-tags", tags, "--max-update", updates)
+        assert result.returncode == 0, result.output[-2000:]
+    assert "Loaded checkpoint" in result.output
+
+
 def test_a_file_that_says_so(train, teacher, other, tmp_path):
     file = tmp_path / "teachers.txt"
     file.write_text(f"# my = teachers\n#\n#of today\nhi={teacher}\n\n  # the others\n... = {other}\n")

@@ -45,7 +45,7 @@ class Languages:
         words: as it was given
         side: as it was given
         counts: as it was given
-        identity: how a sentence's language is found
+        identity: how a sentence's language is found; the order of listed tags does not matter to it
     """
 
     def __init__(self, tags: LanguageTags, words: List[str], side: str, counts: List[int], identity: str = "") -> None:
@@ -65,6 +65,11 @@ class Languages:
             return self._tags.of_sentences(sample["net_input"]["src_tokens"])
         first = sample["net_input"]["prev_output_tokens"][:, :1]
         return self._tags.of_sentences(torch.cat([first, sample["target"]], dim=1))
+
+    def has_identity(self, identity: str) -> bool:
+        """Whether an identity is this one's; those of earlier versions have a list in the order that was given."""
+        ours, theirs = (sorted(text.replace(" ", ",").split(",")) for text in (self.identity, identity))
+        return ours == theirs
 
     @property
     def names(self) -> Dict[str, int]:
@@ -103,7 +108,7 @@ def find_languages(task: Any) -> Languages:
         tags = LanguageTags(found.words, len(words), specials)
         counts = _count(_TrainingSet(task, side, specials), tags)
         tagged = list(found.words.values())
-        languages = Languages(tags, tagged, side, counts, f"{side} {','.join(tagged)}")
+        languages = Languages(tags, tagged, side, counts, f"{side} {','.join(sorted(tagged))}")
         _log(found.flag, languages)
     else:
         languages = _by_places(_TrainingSet(task, side, specials), side, words, specials, found)

@@ -305,7 +305,7 @@ class TranslationWithKDTask(TranslationTask):
     def _load_queues_by_language(self, saved: Dict[str, Any]) -> None:
         """By name, as the training set can have other languages by now, and its tags other names."""
         now, before = self.languages, saved.get("languages", self.languages.identity)
-        if before != now.identity:
+        if not now.has_identity(before):
             logger.warning(
                 "the queues of the checkpoint are of languages by other tags (%s; now %s); they start empty",
                 *(before, now.identity),
