@@ -16,6 +16,7 @@ from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
+from kd_ext.tasks.word_numbers import check_binarized
 from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
@@ -144,6 +145,14 @@ class TranslationWithKDTask(TranslationTask):
         # validation and generation build their models from a checkpoint: only training needs a teacher
         self._builds_student = not from_checkpoint
         return super().build_model(cfg, from_checkpoint)
+
+    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
+        super().load_dataset(split, epoch, combine, **kwargs)
+        if self.trains or self._cached_teacher is not None:
+            pairs, folders = self.datasets[split], utils.split_paths(self.cfg.data)
+            name = f"{folders[(epoch - 1) % len(folders)]}: the {{}} of its {split} set"
+            check_binarized(pairs.src, len(self.source_dictionary), name.format("source"))
+            check_binarized(pairs.tgt, len(self.target_dictionary), name.format("target"))
 
     def build_criterion(self, cfg):
         # validation takes the settings of the checkpoint, and any criterion
