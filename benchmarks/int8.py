@@ -58,6 +58,7 @@ def translate(folder: str, source: str, reference: str) -> None:
     for batch in BATCHES:
         some = sentences if batch > 1 else sentences[:200]
         options = {"beam_size": BEAM, "max_batch_size": batch, "max_decoding_length": LONGEST}
+        options["suppress_sequences"] = [["<blank>"]]  # padding, which fairseq never says
         translator.translate_batch(some[:batch], **options)
         start = time.perf_counter()
         results = translator.translate_batch(some, **options)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from omegaconf import OmegaConf
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
+from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
@@ -386,6 +388,41 @@ def test_dictionaries_that_are_the_students_alone(train, teacher, data, tmp_path
     else:
         assert result.returncode == 0, result.output
         assert f"those in {data} are taken" in result.output
+
+
+@pytest.mark.parametrize("side", ["src", "tgt"])
+@pytest.mark.parametrize("kind", ["as it is", "truncated", "several"])
+def test_data_of_another_dictionary(data, tmp_path, side, kind):
+    """Someone copied another dictionary over that of the data: seen where it is loaded to train, with any strategy."""
+    shutil.copytree(data, tmp_path / "bin")
+    lines = (data / f"dict.{side}.txt").read_text().splitlines()
+    (tmp_path / f"bin/dict.{side}.txt").write_text("\n".join(lines[:20]) + "\n")
+    flags = {"dataset_impl": "mmap", "required_seq_len_multiple": 1, "train_subset": "train", "upsample_primary": 1}
+    if kind == "truncated":
+        flags.update(truncate_source=True, max_source_positions=1024)
+    if kind == "several":
+        for path in list((tmp_path / "bin").glob("train.*")):
+            shutil.copy(path, path.with_name(path.name.replace("train.", "train1.")))
+    name = {"src": "source", "tgt": "target"}[side]
+    said = f"{tmp_path}/bin: the {name} of its train set was binarized with another dictionary (word 47 of 24); prepro"
+    task = TranslationWithKDTask.setup_task(TranslationWithKDConfig(data=str(tmp_path / "bin"), **flags))
+    task.load_dataset("train", combine=kind == "several")  # to generate, say
+    task._builds_student = True
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        task.load_dataset("train", combine=kind == "several")
+
+
+def test_tags_of_data_of_another_dictionary(data, tmp_path):
+    """Looked for in any command, by a prefix and by a list."""
+    shutil.copytree(data, tmp_path / "bin")
+    lines = (data / "dict.src.txt").read_text().splitlines()
+    tags = [line for line in lines if line.startswith("__src__")]
+    (tmp_path / "bin/dict.src.txt").write_text("\n".join([*tags, "x 1"]) + "\n")
+    for given in ({}, {"kd_language_tags": tags[0].split()[0]}):
+        flags = {"dataset_impl": "mmap", "required_seq_len_multiple": 1, "train_subset": "train", **given}
+        task = TranslationWithKDTask.setup_task(TranslationWithKDConfig(data=str(tmp_path / "bin"), **flags))
+        with pytest.raises(ConfigError, match="bin: the source of its train set was binarized with another dictionary"):
+            _ = task.languages
 
 
 def test_no_language_tag_in_the_dictionary(tmp_path, teacher):

@@ -133,9 +133,19 @@ def test_tags_that_only_teachers_need(train, teacher, other, tmp_path):
     assert "languages of the training set" not in result.output
 
 
+def test_listed_tags_in_another_order(train, teacher, other, tmp_path):
+    """They are the same teachers, to a run that goes on and to a cache."""
+    flags = [*KD, *strategy_flags("word_level"), PATH, f"__src__hi={teacher},...={other}"]
+    flags += ["--teacher-cache-top-k", 4, "--teacher-cache-dir", tmp_path / "cache"]
+    for tags, updates in (("__src__hi,__src__ta,__src__bn", 3), ("__src__bn,__src__hi,__src__ta", 5)):
+        result = train(tmp_path / "run", *flags, "--kd-language-tags", tags, "--max-update", updates)
+        assert result.returncode == 0, result.output[-2000:]
+    assert "Loaded checkpoint" in result.output
+
+
 def test_a_file_that_says_so(train, teacher, other, tmp_path):
     file = tmp_path / "teachers.txt"
-    file.write_text(f"hi={teacher}\n\n... = {other}\n")
+    file.write_text(f"# my = teachers\n#\n#of today\nhi={teacher}\n\n  # the others\n... = {other}\n")
     flags = [*KD, *strategy_flags("word_level"), "--max-update", 3]
     assert train(tmp_path / "a", *flags, PATH, file, "--num-workers", 2).returncode == 0
     assert train(tmp_path / "b", *flags, PATH, f"hi={teacher},...={other}").returncode == 0
@@ -188,6 +198,8 @@ BAD = {
     "commas in place of colons": ("hi={a},no.pt,...={b}", ["{a},no.pt: no such file"]),
     "a folder": ("hi={folder},...={b}", ["{folder}: a folder"]),
     "a file with a wrong line": ("{folder}/wrong.txt", ["its line 'ta b.pt' names no checkpoint"]),
+    "a file with a line that could be a language": ("{folder}/hash.txt", ["'#ta' is no language of the training set"]),
+    "a file of comments alone": ("{folder}/comments.txt", ["comments.txt: damaged, cut short, or not a checkpoint"]),
     "a file that is no assignment": ("{folder}/text.txt", ["text.txt: damaged, cut short, or not a checkpoint"]),
 }
 
@@ -196,6 +208,8 @@ BAD = {
 def test_bad_usage(train, teacher, other, tmp_path, case):
     path, parts = BAD[case]
     (tmp_path / "wrong.txt").write_text("hi=a.pt\nta b.pt\n")
+    (tmp_path / "hash.txt").write_text("hi=a.pt\n#ta=b.pt\n...=c.pt\n")
+    (tmp_path / "comments.txt").write_text("# hi=a.pt\n")
     (tmp_path / "text.txt").write_text("no checkpoint\nta=b.pt\n")
     names = {"a": teacher, "b": other, "folder": tmp_path}
     result = train(tmp_path / "run", *KD, PATH, path.format(**names))

@@ -3,7 +3,10 @@
 import re
 
 import pytest
+import torch
 from commands import PLUGIN, run
+from conftest import load as read
+from fairseq import file_utils
 from fairseq.models.transformer import TransformerModel
 from tiny_models import build
 
@@ -50,6 +53,21 @@ def generated(data, tmp_path):
         return [text for _, text in sorted(found, key=lambda pair: int(pair[0]))]
 
     return generated
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("sentencepiece", "sentencepiece_model"), ("subword_nmt", "bpe_codes"), ("gpt2", "gpt2_encoder_json")],
+)
+def test_nothing_is_fetched_from_an_address_in_a_checkpoint(student, data, tmp_path, monkeypatch, name, key):
+    asked = []
+    monkeypatch.setattr(file_utils, "cached_path", lambda path, *_, **__: asked.append(path) or path)
+    state = read(student)
+    state["cfg"]["bpe"] = {"_name": name, key: "http://localhost:1/file"}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=f"{key} .*http://localhost:1/file.*: its bpe '{name}' would be fetched"):
+        load(TransformerModel, tmp_path / "x.pt", data)
+    assert [path for path in asked if "localhost" in path] == []
 
 
 @pytest.mark.parametrize("kind", [TransformerModel, TransformerExtModel])

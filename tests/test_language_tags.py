@@ -294,9 +294,10 @@ def test_bad_usage(train, teacher, tmp_path, case):
     assert_refused(train(tmp_path / "run", *known, *flags), tmp_path / "run", *parts)
 
 
-def a_run(folder, prefix, window="each"):
-    """The queues of a run on `folder`'s data, of whose tags `prefix` is the beginning."""
-    task = make_task(folder, "--kd-language-tag", prefix, "--kd-strategy", "global_language_wise")
+def a_run(folder, prefix=None, window="each", tags=None):
+    """The queues of a run on `folder`'s data, of whose tags `prefix` is the beginning, or which `tags` lists."""
+    named = ["--kd-language-tags", tags] if tags else ["--kd-language-tag", prefix]
+    task = make_task(folder, *named, "--kd-strategy", "global_language_wise")
     task.selector = selector_class("global_language_wise", window)(0.5, 20, task.languages.pools)
     return task
 
@@ -345,6 +346,27 @@ def test_queues_of_a_checkpoint(tmp_path, window, caplog):
     assert resumed.selector.sizes() == {"hi": 2, "untagged": 1}
 
 
+def test_the_order_of_a_list_does_not_matter(tmp_path, caplog):
+    """Queues go on, also those of a checkpoint of before, which has the list in its own order."""
+    lines = ["hi w", "ta w", "w w"] * 20
+    data = binarize(tmp_path / "data", lines, lines)
+    task = a_run(data, tags="ta,hi")
+    push(task, ["ta", "hi", "hi", "untagged"])
+    saved = task.state_dict()
+    for recorded in (saved["kd"]["languages"], "source ta,hi", "source hi,ta"):
+        saved["kd"]["languages"] = recorded
+        resumed = a_run(data, tags="hi,ta")
+        resumed.load_state_dict(copy.deepcopy(saved))
+        assert resumed.selector.sizes() == {"hi": 2, "ta": 1, "untagged": 1}
+    assert "start empty" not in caplog.text
+    for other in ("target hi,ta", "source hi,w", "source hi"):
+        saved["kd"]["languages"] = other
+        resumed = a_run(data, tags="hi,ta")
+        resumed.load_state_dict(copy.deepcopy(saved))
+        assert sum(resumed.selector.sizes().values()) == 0
+    assert caplog.text.count("start empty") == 3
+
+
 def test_as_typed(train, distil, teacher, corpus, tmp_path):
     """Queues of listed tags, and a resumption; the tokens of each are those of the raw text."""
     flags = ["--kd-language-tags", "__src__hi,__src__ta", "--max-update", 16]  # an epoch
@@ -364,7 +386,7 @@ def test_as_typed(train, distil, teacher, corpus, tmp_path):
         name: min(count, 300) for name, count in tokens.items()
     }
     assert kd["languages"] == "source __src__hi,__src__ta"
-    flags[-1] = 18
+    flags[1], flags[-1] = "__src__ta,__src__hi", 18
     result = distil(tmp_path, *flags, strategy="global_language_wise")
     assert result.returncode == 0, result.output[-2000:]
     assert "restored the queues" in result.output

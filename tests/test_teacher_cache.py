@@ -180,10 +180,52 @@ def test_parts_of_the_data(cache, teacher, data, tmp_path):
     result = run(tmp_path / "log", "fairseq-train", *command, *cached(tmp_path / "cache"))
     assert result.returncode == 0, result.output[-2000:]
     assert "loaded teacher" not in result.output
+    # now, and not at the beginning of the second epoch: a part of another teacher, of another K, and none
+    manifest = tmp_path / "cache/1/manifest.json"
+    whole = manifest.read_text()
+    for key, value, said in (("teacher", "x", "other teacher"), ("top_k", 4, "use 4"), ("vocabulary", 50, "other voc")):
+        manifest.write_text(json.dumps({**json.loads(whole), key: value}))
+        result = run(tmp_path / "log", "fairseq-train", *command, *cached(tmp_path / "cache"))
+        assert_refused(result, tmp_path, tmp_path / "cache/1", said)
     shutil.rmtree(tmp_path / "cache/1")
+    result = run(tmp_path / "log", "fairseq-train", *command, *cached(tmp_path / "cache"))
+    assert_refused(result, tmp_path, tmp_path / "cache/1", "there is no cache yet", "--teacher-checkpoint-path")
     one_epoch = [*command, "--max-epoch", 1]  # fairseq asks for the second part, and does not use it
-    result = run(tmp_path / "log", "fairseq-train", *one_epoch, *cached(tmp_path / "cache"))
+    result = run(tmp_path / "log", "fairseq-train", *one_epoch, *cached(tmp_path / "cache", *with_teacher))
     assert result.returncode == 0, result.output[-2000:]
+    assert not (tmp_path / "cache/1").exists()
+
+
+def test_one_precision(distil, train, teacher, fill, tmp_path):
+    """A cache is filled in that in which it was begun; only to fill it, a run must have that one."""
+    folder, path = tmp_path / "cache", ["--teacher-checkpoint-path", teacher]
+    begun = distil(tmp_path / "begun", "--teacher-cache-dir", folder, "--bf16", "--max-update", 3)
+    assert begun.returncode == 0, begun.output[-2000:]
+    assert "teacher placed on cpu as torch.bfloat16" in begun.output
+    assert read_manifest(str(folder))["teacher_dtype"] == "bfloat16"
+    other = distil(tmp_path / "other", "--teacher-cache-dir", folder)
+    said = ["--teacher-dtype is missing", "would run, is float32", "give --teacher-dtype bfloat16"]
+    assert_refused(other, tmp_path / "other", *said)
+    named = distil(tmp_path / "other", "--teacher-cache-dir", folder, "--teacher-dtype", "float32")
+    assert_refused(named, tmp_path / "other", "--teacher-dtype float32", folder, "use bfloat16")
+    filling = fill(folder)
+    assert filling.last_line.startswith("kd_ext: error: --teacher-dtype is missing"), filling.output[-2000:]
+    filling = fill(folder, "--teacher-dtype", "bfloat16")
+    assert filling.returncode == 0, filling.output[-2000:]
+    full = sums(folder)
+    assert full.all()
+    # who reads says no precision, or the right one
+    assert train(tmp_path / "reads", *cached(folder, *path, "--max-update", 1)).returncode == 0
+    named = train(tmp_path / "other", *cached(folder, *path, "--teacher-dtype", "float16"))
+    assert_refused(named, tmp_path / "other", "--teacher-dtype float16", folder, "use bfloat16")
+    # of an earlier version
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["teacher_dtype"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    np.save(folder / "sums.npy", np.where(np.arange(len(full)) < 250, full, 0).astype(np.uint32))
+    filling = fill(folder, "--teacher-dtype", "float32")
+    assert filling.returncode == 0, filling.output[-2000:]
+    assert sums(folder).all()
 
 
 class TestRefused:
@@ -193,6 +235,11 @@ class TestRefused:
             "--kd-temperature 2": ["--kd-temperature 2.0", "use 1.0"],
             "--teacher-cache-top-k 49": ["--teacher-cache-top-k 49", "from 1 to 48"],
             "--teacher-cache-top-k 0": ["--teacher-cache-top-k 0", "from 1 to 48"],
+            "--teacher-ema --teacher-dtype float32 --teacher-user-dir no --teacher-model-overrides {'x':1}": [
+                *("--teacher-model-overrides {'x':1}, --teacher-user-dir no, --teacher-ema, --teacher-dtype float32",),
+                "there is no teacher to load",
+                "--teacher-checkpoint-path",
+            ],
         }
         for flags, parts in cases.items():
             assert_refused(train(tmp_path, *cached(cache, *flags.split())), tmp_path, *parts)

@@ -29,5 +29,6 @@ class Served:
             beam_size=BEAM,
             max_batch_size=size,
             max_decoding_length=2 * MAX_PIECES,
+            suppress_sequences=[["<blank>"]],  # padding, which fairseq never says
         )
         return ["".join(result.hypotheses[0]).replace("\u2581", " ").strip() for result in found]

@@ -17,6 +17,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files.reading import require_regular
 from kd_ext.modules.language_tags import LanguageTags
 from kd_ext.modules.tag_places import MOST_CANDIDATES, Sentences, TagPlaces
+from kd_ext.tasks.word_numbers import check_words
 from kd_ext.upstream.flat_tokens import sentences_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Languages:
         words: as it was given
         side: as it was given
         counts: as it was given
-        identity: how a sentence's language is found
+        identity: how a sentence's language is found; the order of listed tags does not matter to it
     """
 
     def __init__(self, tags: LanguageTags, words: List[str], side: str, counts: List[int], identity: str = "") -> None:
@@ -65,6 +66,11 @@ class Languages:
             return self._tags.of_sentences(sample["net_input"]["src_tokens"])
         first = sample["net_input"]["prev_output_tokens"][:, :1]
         return self._tags.of_sentences(torch.cat([first, sample["target"]], dim=1))
+
+    def has_identity(self, identity: str) -> bool:
+        """Whether an identity is this one's; those of earlier versions have a list in the order that was given."""
+        ours, theirs = (sorted(text.replace(" ", ",").split(",")) for text in (self.identity, identity))
+        return ours == theirs
 
     @property
     def names(self) -> Dict[str, int]:
@@ -103,7 +109,7 @@ def find_languages(task: Any) -> Languages:
         tags = LanguageTags(found.words, len(words), specials)
         counts = _count(_TrainingSet(task, side, specials), tags)
         tagged = list(found.words.values())
-        languages = Languages(tags, tagged, side, counts, f"{side} {','.join(tagged)}")
+        languages = Languages(tags, tagged, side, counts, f"{side} {','.join(sorted(tagged))}")
         _log(found.flag, languages)
     else:
         languages = _by_places(_TrainingSet(task, side, specials), side, words, specials, found)
@@ -246,13 +252,16 @@ class _TrainingSet:
             if before is not None:
                 task.datasets[split] = before
         self._side, self._specials = side, specials
+        self._words = len(task.source_dictionary if side == "source" else task.target_dictionary)
+        self._names = [f"{folder}: the {side} of its {split} set" for folder in utils.split_paths(task.cfg.data)]
 
     def sentences(self, doing: str) -> Iterator[Sentences]:
         """All of them, some at a time, with a bar that says what is being done."""
         total = sum(len(part) for part in self._parts)
         with tqdm(desc=doing, total=total, unit="sentence", leave=False, delay=2, mininterval=2) as bar:
-            for part in self._parts:
+            for part, name in zip(self._parts, self._names):
                 for sentences in sentences_of(part.src if self._side == "source" else part.tgt):
+                    check_words(sentences.tokens, self._words, name)
                     if self._side == "target" and part.eos not in self._specials:  # what the decoder begins with
                         tokens = np.insert(sentences.tokens, sentences.starts, part.eos)
                         sentences = Sentences(tokens, sentences.sizes + 1)

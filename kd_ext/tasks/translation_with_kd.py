@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Union
 
 import torch
 from fairseq import utils
+from fairseq.models import BaseFairseqModel
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
@@ -17,6 +18,7 @@ from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
 from kd_ext.tasks.checks import check_eval_bleu_args, check_parts
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
+from kd_ext.tasks.word_numbers import check_binarized
 from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CRITERION = "label_smoothed_cross_entropy_with_kd"
 DTYPES = ("float32", "float16", "bfloat16")
+_OF_TEACHERS = ("--teacher-model-overrides", "--teacher-user-dir", "--teacher-ema", "--teacher-dtype")
 
 
 @dataclass
@@ -122,6 +125,7 @@ class TranslationWithKDTask(TranslationTask):
         self.selector: Optional[TokenSelector] = None
         self._languages: Optional[Languages] = None
         self._builds_student = False
+        self._student: Optional[BaseFairseqModel] = None
         self._cached_teacher: Optional[CachedTeacher] = None
         self.split: Optional[SplitByTeacher] = None
         self._prepare_cache: Optional[Callable[[], None]] = None
@@ -147,7 +151,16 @@ class TranslationWithKDTask(TranslationTask):
     def build_model(self, cfg, from_checkpoint=False):
         # validation and generation build their models from a checkpoint: only training needs a teacher
         self._builds_student = not from_checkpoint
-        return super().build_model(cfg, from_checkpoint)
+        self._student = super().build_model(cfg, from_checkpoint)
+        return self._student
+
+    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
+        super().load_dataset(split, epoch, combine, **kwargs)
+        if self.trains or self._cached_teacher is not None:
+            pairs, folders = self.datasets[split], utils.split_paths(self.cfg.data)
+            name = f"{folders[(epoch - 1) % len(folders)]}: the {{}} of its {split} set"
+            check_binarized(pairs.src, len(self.source_dictionary), name.format("source"))
+            check_binarized(pairs.tgt, len(self.target_dictionary), name.format("target"))
 
     def build_criterion(self, cfg):
         # validation takes the settings of the checkpoint, and any criterion
@@ -190,6 +203,12 @@ class TranslationWithKDTask(TranslationTask):
 
     def open_cache(self, temperature: float, mends: bool = False) -> CachedTeacher:
         """The cache in ``--teacher-cache-dir``. Its teacher is loaded together with the training set, if need be."""
+        unused = [flag for flag in given_flags(self.cfg) if flag.split()[0] in _OF_TEACHERS]
+        if unused and not self.cfg.teacher_checkpoint_path:
+            raise ConfigError(
+                f"{', '.join(unused)}: there is no teacher to load beside --teacher-cache-dir "
+                f"{self.cfg.teacher_cache_dir}; name one by --teacher-checkpoint-path, or leave it out"
+            )
         source = self._teacher_source(one_by_one=mends)
         folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
         self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self, mends=mends)
@@ -238,9 +257,11 @@ class TranslationWithKDTask(TranslationTask):
             if self.split is not None and not isinstance(batches.collate_fn, BringsParts):
                 batches.collate_fn = BringsParts(batches.collate_fn, self.split)
             return batches
-        shards = len(utils.split_paths(self.cfg.data))
-        shard = "" if shards == 1 else str((kwargs.get("epoch", 1) - 1) % shards)
-        prepare = partial(self._cached_teacher.prepare, dataset, max_positions, shard)
+        if self._student is not None:
+            # of a model that is sharded nothing is left in the student, whose weights are float32
+            of_student = next((parameter.dtype for parameter in self._student.parameters()), torch.float32)
+            self._cached_teacher.place(torch.device("cpu"), self.teacher_dtype(of_student))  # the criterion moves it
+        prepare = partial(self._cached_teacher.prepare, dataset, max_positions, kwargs.get("epoch", 1))
         is_first = not self._cached_teacher.is_prepared
         if is_first:
             prepare()  # before there are batches: a flag may be wrong
@@ -309,7 +330,7 @@ class TranslationWithKDTask(TranslationTask):
     def _load_queues_by_language(self, saved: Dict[str, Any]) -> None:
         """By name, as the training set can have other languages by now, and its tags other names."""
         now, before = self.languages, saved.get("languages", self.languages.identity)
-        if before != now.identity:
+        if not now.has_identity(before):
             logger.warning(
                 "the queues of the checkpoint are of languages by other tags (%s; now %s); they start empty",
                 *(before, now.identity),

@@ -14,6 +14,7 @@ from kd_ext.teachers.kinds import FLAG
 REST = "..."
 _LONGEST = 1 << 20  # bytes of a file that says so
 _FORM = "hi=a.pt,ta=b.pt,...=base.pt"
+_COMMENT = re.compile(r"#(\s|[^=]*$)")  # and not ``#hi=a.pt``, as a language's name can begin so
 
 
 def is_by_language(path: Optional[str]) -> bool:
@@ -130,16 +131,17 @@ def _entries(path: str) -> Optional[List[str]]:
 
 
 def _lines(path: str) -> Optional[List[str]]:
-    """Of a text file whose first line is ``language=checkpoint``; None: it is another file."""
+    """Of a text file whose first line, but for comments, is ``language=checkpoint``; None: it is another file."""
     if not os.path.isfile(path) or os.path.getsize(path) > _LONGEST:
         return None
     require_regular(path)
     with open(path, "rb") as file:
         content = file.read()
     try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         return None
+    lines = [line for line in lines if line and not _COMMENT.match(line)]
     if not lines or "=" not in lines[0] or "\0" in lines[0]:
         return None
     wrong = next((line for line in lines if "=" not in line), None)

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
+from fairseq import utils
 from torch import Tensor
 
 from kd_ext.errors import ConfigError, in_short
@@ -53,7 +54,8 @@ class CachedTeacher:
         top_k: K; None: as the files have it, 32 for new ones
         temperature: T of the softmax that is kept
         source: where the teacher comes from
-        student_task: gives the dictionaries
+        student_task: gives the dictionaries, the folders of the data, of which each has files of its own, and the
+            precision of the teacher, if that was given
         mends: whether :meth:`mend` will be called
 
     Attributes:
@@ -76,41 +78,51 @@ class CachedTeacher:
         words = student_task.target_dictionary
         if top_k is not None and not 0 < top_k <= len(words):
             raise ConfigError(f"--teacher-cache-top-k {top_k}: out of range; a number from 1 to {len(words)}")
-        self._folder, self._top_k, self._source = folder, top_k, source
+        self._top_k, self._source = top_k, source
         self.mends = mends
         self._temperature, self._vocabulary, self._pad = temperature, len(words), words.pad()
         self._dictionaries = of_dictionaries(student_task.source_dictionary, words)
-        self.identity: str = source.identify() if source.path else self._recorded_identity()
+        parts = len(utils.split_paths(student_task.cfg.data))
+        self._folders = [folder] if parts == 1 else [os.path.join(folder, str(part)) for part in range(parts)]
+        if parts > 1:
+            check_parts(folder)
+        self._dtype: Optional[str] = student_task.cfg.teacher_dtype
+        manifests = {of_part: read_manifest(of_part) for of_part in self._folders}
+        self.identity: str = source.identify() if source.path else _recorded_identity(manifests)
+        for of_part, manifest in manifests.items():  # now: that of another part would be found an epoch late
+            if manifest:
+                self._compare(of_part, manifest, self._manifest())
+                self._take_from(manifest)
         self._teacher: Union[Teacher, TeachersByLanguage, None] = None
         self._place: Optional[Tuple[torch.device, torch.dtype]] = None
         self._compiles = False
         self._opened: Optional[CacheFiles] = None
 
-    def prepare(self, dataset: Any, max_positions: Any = None, shard: str = "") -> None:
+    def prepare(self, dataset: Any, max_positions: Any = None, epoch: int = 1) -> None:
         """Open the files for a training set, and load the teacher if it has to fill them, or let go of it if not.
+
+        :meth:`place` is called before.
 
         Args:
             dataset: fairseq's ``LanguagePairDataset``
             max_positions: longer sentences will not be asked for
-            shard: names the part of the training set, where it has several
+            epoch: tells which part of the training set it is, where that has several
 
         Raises:
             ConfigError: the files belong to something else or are damaged, or a teacher is needed and was not given
         """
-        if shard:
-            check_parts(self._folder)
-        folder = os.path.join(self._folder, shard) if shard else self._folder
+        folder = self._folders[(epoch - 1) % len(self._folders)]
         lengths = np.asarray(dataset.tgt_sizes, dtype=np.int64)
-        expected = self._manifest(np.asarray(dataset.src_sizes, dtype=np.int64), lengths)
+        expected = {**self._manifest(), **_of_sentences(np.asarray(dataset.src_sizes, dtype=np.int64), lengths)}
         found = read_manifest(folder)
         if not found:
             self._load_for(f"{FLAG} {folder}: there is no cache yet")
-            of_teacher = {"teacher": self.identity, "teacher_path": self._source.path}
+            of_teacher = {"teacher": self.identity, "teacher_path": self._source.path, "teacher_dtype": self._dtype}
             top_k = self._top_k or min(DEFAULT_TOP_K, self._vocabulary)
             create(folder, {**expected, "top_k": top_k, **of_teacher}, lengths)
             found = read_manifest(folder)
         self._compare(folder, found, expected)
-        self._top_k = found["top_k"]
+        self._take_from(found)
 
         asked_for, _ = dataset.filter_indices_by_size(np.arange(len(dataset)), max_positions)
         self._opened = CacheFiles(folder, found, lengths, writable=False)
@@ -193,22 +205,27 @@ class CachedTeacher:
             self._load_for(f"{FLAG} {self.files.folder}: sentence {sentences.ids[~sound][0]} has to be mended")
             self._ask(sample, sentences, ~sound)
 
-    def _manifest(self, source_lengths: np.ndarray, target_lengths: np.ndarray) -> Dict[str, Any]:
-        lengths = np.stack([source_lengths, target_lengths])
+    def _manifest(self) -> Dict[str, Any]:
+        """What the files of all parts of the data have in common."""
         return {
             "format": FORMAT,
             "temperature": self._temperature,
             "vocabulary": self._vocabulary,
             **self._dictionaries,
-            "sentences": len(target_lengths),
-            "lengths_of_sentences": _digest(lengths.tobytes()),
         }
+
+    def _take_from(self, manifest: Dict[str, Any]) -> None:
+        """What is as the files have it, where no flag says it."""
+        self._top_k = manifest["top_k"]
+        self._dtype = self._dtype or manifest.get("teacher_dtype")
 
     def _compare(self, folder: str, found: Dict[str, Any], expected: Dict[str, Any]) -> None:
         """Refuse files that are not what this run would have made."""
         expected = {**expected, "teacher": self.identity}
         if self._top_k is not None:
             expected = {**expected, "top_k": self._top_k}
+        if self._dtype is not None and "teacher_dtype" in found:  # not in those of earlier versions
+            expected = {**expected, "teacher_dtype": self._dtype}
         differing = [key for key in expected if found.get(key) != expected[key]]
         if not differing:
             return
@@ -217,22 +234,25 @@ class CachedTeacher:
             "top_k": ("--teacher-cache-top-k", self._top_k, f"use {in_short(found.get(key))}"),
             "temperature": ("--kd-temperature", self._temperature, f"use {in_short(found.get(key))}"),
             "teacher": ("--teacher-checkpoint-path", self._source.path, f"name {in_short(found.get('teacher_path'))}"),
+            "teacher_dtype": ("--teacher-dtype", self._dtype, f"use {in_short(found.get(key))}"),
             "lengths_of_sentences": (FLAG, folder, "name that data, with the same flags (--num-batch-buckets, ...)"),
         }.get(key, (FLAG, folder, "name that data"))
         what = key.replace("_", " ")
         raise ConfigError(f"{flag} {value}: the cache {folder} was made with other {what}; {remedy}, or another {FLAG}")
 
-    def _recorded_identity(self) -> str:
-        first_part = os.path.join(self._folder, "0")
-        found = read_manifest(first_part if os.path.exists(first_part) else self._folder)
-        if "teacher" in found:
-            return str(found["teacher"])
-        raise ConfigError(f"{FLAG} {self._folder}: there is no cache yet; {_NAME_TEACHER}")
-
     def _load_for(self, reason: str) -> None:
+        if not self._source.path:
+            raise ConfigError(f"{reason}; {_NAME_TEACHER}")
+        assert self._place is not None
+        dtype = str(self._place[1]).rpartition(".")[2]
+        self._dtype = self._dtype or dtype
+        if dtype != self._dtype:  # if the flag was given, it is the same
+            raise ConfigError(
+                f"--teacher-dtype is missing: the student's precision, in which the teacher would run, is {dtype}, and "
+                f"what is in the cache was made in {in_short(self._dtype)}; give --teacher-dtype "
+                f"{in_short(self._dtype)}, or name another {FLAG}"
+            )
         if self._teacher is None:
-            if not self._source.path:
-                raise ConfigError(f"{reason}; {_NAME_TEACHER}")
             self._teacher = self._source.load()
             if self._compiles:
                 self._teacher.compile_layers()
@@ -248,9 +268,11 @@ class CachedTeacher:
         """Ask the teacher about a batch, write what is missing, and read it all."""
         assert self._teacher is not None
         assert self._top_k is not None
-        if self._place is not None:
-            self._teacher.place(*self._place)
-        found = top_probs(self._teacher.output(sample, Positions(sentences.real)), self._top_k, self._temperature)
+        assert self._place is not None
+        device, dtype = self._place
+        self._teacher.place(device, dtype)
+        with torch.autocast(device.type, enabled=False):  # --amp: it would be asked in half precision
+            found = top_probs(self._teacher.output(sample, Positions(sentences.real)), self._top_k, self._temperature)
         tokens = np.repeat(missing, sentences.lengths)
         words, probs = (x.cpu().numpy()[tokens] for x in (found.words, found.probs.float()))
         if not np.isfinite(probs).all():
@@ -322,5 +344,15 @@ class _Sentences(NamedTuple):
         return cls(sample["id"].cpu().numpy(), real.sum(1).cpu().numpy(), texts, real)
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _of_sentences(source_lengths: np.ndarray, target_lengths: np.ndarray) -> Dict[str, Any]:
+    lengths = np.stack([source_lengths, target_lengths])
+    digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+    return {"sentences": len(target_lengths), "lengths_of_sentences": digest}
+
+
+def _recorded_identity(manifests: Dict[str, Dict[str, Any]]) -> str:
+    """Of the teacher that all parts of a cache are to be of."""
+    for folder, manifest in manifests.items():
+        if "teacher" not in manifest:
+            raise ConfigError(f"{FLAG} {folder}: there is no cache yet; {_NAME_TEACHER}")
+    return str(next(iter(manifests.values()))["teacher"])

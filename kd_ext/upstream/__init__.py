@@ -16,6 +16,7 @@ TOUCHES = (
     "damaged_checkpoints",
     "evaluated_settings",
     "fast_path",
+    "fetched_files",
     "first_validation",
     "flat_bf16",
     "held_folder",  # after atomic_saving, which removes what a killed run has left
