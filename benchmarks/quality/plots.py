@@ -15,7 +15,8 @@ _KINDS = {", alone": "tab:gray", ", distilled": "tab:blue", "": "tab:orange"}
 def scores(rows: List[Any], path: Path) -> None:
     """chrF of each variant, a point a seed."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    widest = max(len(row.name) for row in rows)  # of which a character takes about a fourteenth of an inch
+    figure, axes = pyplot.subplots(figsize=(4 + widest / 14, 0.8 + 0.3 * len(rows)), layout="constrained")
     for place, row in enumerate(rows):
         points = row.values("chrf")
         axes.plot(points, [place] * len(points), "o", color="tab:blue", alpha=0.6)
