@@ -225,17 +225,22 @@ def test_an_adapter_that_neither_has(side, exportable, export):
     assert f"has adapters in its {side}; leave it out" in result.last_line
 
 
+def assert_of_no_use(export, path, said):
+    """Neither compared nor exported; nothing is written beside it."""
+    for arguments in (["--check", path, path], [path, path.parent / "out.pt", "--format", "fairseq"]):
+        result = export(*arguments)
+        assert result.returncode == 1
+        assert f"{path}: {said}" in result.last_line
+    assert os.listdir(path.parent) == [path.name]
+
+
 def test_what_fairseq_cannot_run_is_refused(exportable, tmp_path, export):
     """Of swish it calls the class; an adapter of silu, the same function, can be no layer of its models."""
     state = load(exportable["adapted"])
     vars(state["cfg"]["model"]).update(activation_fn="swish", adapter_activation_fn="silu")
     path = tmp_path / "swish.pt"
     torch.save(state, path)
-    for arguments in (["--check", path, path], [path, tmp_path / "out.pt", "--format", "fairseq"]):
-        result = export(*arguments)
-        assert result.returncode == 1
-        assert f"{path}: --activation-fn swish: fairseq can build a model with it, and run none" in result.last_line
-    assert os.listdir(tmp_path) == ["swish.pt"]
+    assert_of_no_use(export, path, "--activation-fn swish: fairseq can build a model with it, and run none")
 
 
 class Says:
@@ -267,11 +272,7 @@ def test_a_training_that_diverged_is_not_exported(value, exportable, tmp_path, e
     state["model"]["decoder.layernorm_embedding.bias"][0] = value
     path = tmp_path / "diverged.pt"
     torch.save(state, path)
-    for arguments in (["--check", path, path], [path, tmp_path / "out.pt", "--format", "fairseq"]):
-        result = export(*arguments)
-        assert result.returncode == 1
-        assert f"{path}: its decoder.layernorm_embedding.bias has values that are not finite" in result.last_line
-    assert os.listdir(tmp_path) == ["diverged.pt"]
+    assert_of_no_use(export, path, "its decoder.layernorm_embedding.bias has values that are not finite")
 
 
 @pytest.mark.parametrize(

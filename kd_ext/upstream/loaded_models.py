@@ -29,7 +29,7 @@ def apply() -> None:
         read, setup = checkpoint_utils.load_checkpoint_to_cpu, tasks.setup_task
         given = kwargs.get("state")
         records = {} if given is None else {filenames[0]: trained_with.recorded(given)}
-        known: Set[str] = set()
+        asked, known = (arg_overrides or {}).keys() & typed_overrides().keys(), set()
 
         def setup_and_compare(*setup_args, **setup_kwargs):
             made = setup(*setup_args, **setup_kwargs)
@@ -39,7 +39,8 @@ def apply() -> None:
         def read_and_note(path, *read_args, **read_kwargs):
             state = read(path, *read_args, **read_kwargs)
             records[path] = trained_with.recorded(state)
-            known.update(_names(state["cfg"]), _read_by_model(state["cfg"]))
+            if asked:
+                known.update(_names(state["cfg"]), _read_by_model(state["cfg"]))
             _check_words(records, task)  # before a model is built, which may be of another shape
             return state
 
@@ -50,7 +51,7 @@ def apply() -> None:
         finally:
             checkpoint_utils.load_checkpoint_to_cpu, tasks.setup_task = read, setup
         if known:
-            _check_overrides(filenames, (arg_overrides or {}).keys() & typed_overrides().keys(), known)
+            _check_overrides(filenames, asked, known)
         return loaded
 
     load_model_ensemble_and_task._kd_ext_compares = True
