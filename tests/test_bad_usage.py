@@ -11,11 +11,13 @@ from commands import PLUGIN, run
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
 from corpus import preprocess
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.models import MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
+from kd_ext.tasks.checks import check_student
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 
 
@@ -212,6 +214,19 @@ VALIDATION = {
         ],
     ),
 }
+
+
+@pytest.mark.parametrize("arch", ["nonautoregressive_transformer", "cmlm_transformer", "fconv_lm"])
+def test_students_of_another_kind(teacher, data, tmp_path, arch):
+    flags = ["--arch", arch, *KD, "--teacher-checkpoint-path", teacher, "--save-dir", tmp_path / "s"]
+    result = run(tmp_path / "log", "fairseq-train", data, *TRAINING, *flags)
+    assert_refused(result, tmp_path / "s", f"--arch {arch}: ", "word by word", "such as transformer_ext")
+
+
+@pytest.mark.parametrize("name", ["lstm", "fconv", "lightconv", "transformer", "transformer_align", "transformer_ext"])
+def test_students_of_all_kinds_that_predict_word_by_word(name):
+    kind = MODEL_REGISTRY[name]
+    check_student(kind.__new__(kind), name)  # as its class says, whatever is in it
 
 
 @pytest.mark.parametrize(("flags", "parts"), VALIDATION.values(), ids=VALIDATION)

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from commands import PLUGIN, run
-from conftest import load, needs_half
+from conftest import KD, load, needs_half
 from fairseq import options
+from test_architectures import DEAD
 
 from kd_ext import adapters as tool
 from kd_ext.errors import ConfigError
@@ -254,3 +255,22 @@ def test_a_stacked_student_on_disk(train, tmp_path):
         sizes[depths, "logged"] = counted.groups()
     assert sizes["1", "logged"] == sizes["6", "logged"]
     assert sizes["6"] < sizes["1"] + 3000  # with the optimizer's state and a moving average
+
+
+@pytest.mark.parametrize("arch", ["transformer", "transformer_ext"])
+def test_a_student_that_begins_with_some_of_its_teachers_layers(train, tmp_path, arch):
+    deep = ["--encoder-layers", "3", "--decoder-layers", "2"]
+    result = train(tmp_path / "teacher", *CRITERION, *deep, "--max-update", "3", arch=arch)
+    assert result.returncode == 0, result.output
+    teacher = tmp_path / "teacher/checkpoint_last.pt"
+    flags = ["--finetune-from-model", teacher, "--encoder-layers-to-keep", "0,2", "--decoder-layers-to-keep", "1"]
+    distilled = [*KD, "--teacher-checkpoint-path", teacher, "--lr", "0", "--max-update", "1"]
+    result = train(tmp_path / "student", *deep, *flags, *distilled, arch=arch)
+    assert result.returncode == 0, result.output
+    theirs, found = weights(teacher), weights(tmp_path / "student/checkpoint_last.pt")
+    origin = {"encoder.layers.1.": "encoder.layers.2.", "decoder.layers.0.": "decoder.layers.1."}
+    used = {name: weight for name, weight in found.items() if name.split(".")[-1] not in DEAD}
+    for name, weight in used.items():
+        prefix = next((prefix for prefix in origin if name.startswith(prefix)), "")
+        assert torch.equal(weight, theirs[origin.get(prefix, "") + name[len(prefix) :]]), name
+    assert sum(name.endswith(".fc1.weight") for name in used) == 3

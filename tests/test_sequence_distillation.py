@@ -640,6 +640,15 @@ def test_a_teacher_of_other_words(data, tmp_path, train):
     assert "dictionary differs" in message
 
 
+@pytest.mark.parametrize(("language", "side"), [("src", "source"), ("tgt", "target")])
+def test_data_of_another_dictionary(data, teacher, tmp_path, language, side):
+    shutil.copytree(data, tmp_path / "bin")
+    lines = (data / f"dict.{language}.txt").read_text().splitlines()
+    (tmp_path / f"bin/dict.{language}.txt").write_text("\n".join(lines[:20]) + "\n")
+    message = refused(tmp_path / "bin", teacher, tmp_path / "out")
+    assert f"{tmp_path}/bin: the {side} of its train set was binarized with another dictionary" in message
+
+
 def test_other_flags_than_it_was_begun_with(data, teacher, tmp_path):
     command = Forked(tmp_path / "log", COMMAND, data, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS)
     work = tmp_path / "out.part"

@@ -16,7 +16,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.tasks.checks import check_eval_bleu_args, check_parts
+from kd_ext.tasks.checks import check_eval_bleu_args, check_parts, check_student
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
 from kd_ext.tasks.word_numbers import check_binarized
 from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
@@ -126,6 +126,7 @@ class TranslationWithKDTask(TranslationTask):
         self._languages: Optional[Languages] = None
         self._builds_student = False
         self._student: Optional[BaseFairseqModel] = None
+        self._architecture: Optional[str] = None
         self._cached_teacher: Optional[CachedTeacher] = None
         self.split: Optional[SplitByTeacher] = None
         self._prepare_cache: Optional[Callable[[], None]] = None
@@ -152,6 +153,7 @@ class TranslationWithKDTask(TranslationTask):
         # validation and generation build their models from a checkpoint: only training needs a teacher
         self._builds_student = not from_checkpoint
         self._student = super().build_model(cfg, from_checkpoint)
+        self._architecture = getattr(cfg, "arch", None) or getattr(cfg, "_name", None)
         return self._student
 
     def load_dataset(self, split, epoch=1, combine=False, **kwargs):
@@ -170,6 +172,8 @@ class TranslationWithKDTask(TranslationTask):
                 f"{', '.join(unused)}: --criterion {cfg._name} distils nothing, and has no use for that; use "
                 f"--criterion {CRITERION}, or leave it out"
             )
+        if self.trains and cfg._name == CRITERION and self._student is not None:
+            check_student(self._student, self._architecture)
         return super().build_criterion(cfg)
 
     @property

@@ -20,6 +20,7 @@ TOUCHES = (
     "first_validation",
     "flat_bf16",
     "held_folder",  # after atomic_saving, which removes what a killed run has left
+    "layers_to_keep",
     "loaded_models",
     "misspelt_settings",
     "numpy_names",
