@@ -132,7 +132,7 @@ def with_adapters(state, gated=False):
         settings = {"add_adapters": True, "adapter_ids": "hi,ta", "train_adapter": "hi", "adapter_use_gating": gated}
         vars(state["cfg"]["model"]).update({f"{side}_{name}": value for name, value in settings.items()})
         for name in ("hi", "ta"):
-            adapter = Adapter(16, 8, "relu", 0.0, gated)
+            adapter = Adapter(16, 8, "relu", torch.nn.Identity(), gated)
             for part, tensor in adapter.state_dict().items():
                 noise = torch.randn(tensor.shape, generator=generator) * 0.3
                 state["model"][f"{side}.layers.0.adapters.{name}.{part}"] = tensor + noise
