@@ -28,6 +28,7 @@ TOUCHES = (
     "patience",
     "resume",
     "sanity_validation",
+    "several_parts",
     "torch_compile",
     "runs_that_ended",  # after the pass before the first update
     "same_files",  # before all that looks at a checkpoint
