@@ -1,7 +1,8 @@
-"""The arguments of this project's own commands."""
+"""The arguments of commands: of this project's own, and what was typed of any."""
 
 import argparse
-from typing import NoReturn
+import sys
+from typing import List, NoReturn, Tuple
 
 from kd_ext.errors import ConfigError
 
@@ -12,3 +13,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise it as a :class:`ConfigError`."""
         raise ConfigError(f"{message.replace('argument ', '', 1)}; {self.prog} --help lists what there is")
+
+
+def typed_flags() -> List[Tuple[str, str]]:
+    """Each flag of this process's command line with the value after it, in order; a switch has the next word."""
+    words, found = sys.argv[1:], []
+    for word, after in zip(words, [*words[1:], ""]):
+        if word.startswith("-"):
+            flag, equals, value = word.partition("=")
+            found.append((flag, value if equals else after))
+    return found

@@ -10,6 +10,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch.multiprocessing import ProcessRaisedException
 
 from kd_ext.errors import ConfigError, in_short
+from kd_ext.parsing import typed_flags
 
 
 def apply() -> None:
@@ -88,8 +89,7 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
 
 def _of_a_file(error: Optional[BaseException]) -> Optional[str]:
     """What the system has against a file that a flag names, or what is in it."""
-    words = sys.argv[1:]
-    flags = {value: flag for flag, value in zip(words, words[1:]) if flag.startswith("--")}
+    flags = {value: flag for flag, value in typed_flags()}
     if isinstance(error, OSError) and error.filename in flags:
         return f"{flags[error.filename]} {error.filename}: {error.strerror}"
     if isinstance(error, UnicodeDecodeError) and "--input" in flags.values():
