@@ -213,6 +213,12 @@ VALIDATION = {
             "longer than the model's positions (5, 6); add --skip-invalid-size-inputs-valid-test",
         ],
     ),
+    "none is left": (
+        "--max-source-positions 2 --max-target-positions 2 --skip-invalid-size-inputs-valid-test",
+        ["--valid-subset valid: 40 of its 40 sentences", "positions (2, 2); raise --max-source-positions and"],
+    ),
+    "more than a batch": ("--max-tokens-valid 6", ["--max-tokens-valid 6: a sentence of --valid-subset valid has 12"]),
+    "more than a batch of training": ("--max-tokens 8", ["--max-tokens-valid 8: ", "12 or more (it is --max-tokens"]),
 }
 
 
@@ -246,7 +252,8 @@ def test_before_the_first_validation(train, tmp_path, flags, parts):
         ("--eval-bleu --best-checkpoint-metric bleu --maximize-best-checkpoint-metric", None),
         ("--best-checkpoint-metric accuracy --report-accuracy --maximize-best-checkpoint-metric", None),
         ("--best-checkpoint-metric bleu --disable-validation", None),
-        ("--max-source-positions 5 --max-target-positions 6 --skip-invalid-size-inputs-valid-test", None),
+        ("--max-source-positions 9 --max-target-positions 9 --skip-invalid-size-inputs-valid-test", None),
+        ("--max-tokens-valid 12", None),
     ],
 )
 def test_scores_and_lengths_that_do(train, tmp_path, flags, said):
