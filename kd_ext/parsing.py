@@ -2,13 +2,20 @@
 
 import argparse
 import sys
-from typing import List, NoReturn, Tuple
+from typing import Any, List, NoReturn, Optional, Tuple
 
 from kd_ext.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with an argument, where argparse prints its usage first."""
+    """Says in one line what is wrong with an argument, where argparse prints its usage first.
+
+    Args:
+        description: a module's docstring, whose first line is shown; none with ``python -OO``
+    """
+
+    def __init__(self, description: Optional[str] = None, **kwargs: Any) -> None:
+        super().__init__(description=(description or "").split("\n")[0], **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise it as a :class:`ConfigError`."""

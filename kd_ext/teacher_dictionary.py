@@ -62,7 +62,7 @@ def read_dictionaries(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m kd_ext.teacher_dictionary", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m kd_ext.teacher_dictionary", description=__doc__)
     parser.add_argument("teacher", help="its checkpoint")
     parser.add_argument("destdir", help=f"the folder for {' and '.join(NAMES)}")
     parser.add_argument("-s", "--source-lang", help="for a teacher of several pairs, one of them")

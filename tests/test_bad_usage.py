@@ -12,6 +12,7 @@ from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
 from corpus import preprocess
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.models import MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
@@ -279,10 +280,45 @@ def test_parts_of_the_data_with_other_dictionaries(data, tmp_path, side, name):
     assert_refused(result, tmp_path / "run", f"{tmp_path}/other: its {name} dictionary is not that of {data}")
 
 
-@pytest.mark.parametrize("text", ["{'beam': 2}", "[1]", "{"])
-def test_settings_of_eval_bleu(train, tmp_path, text):
+EVAL_BLEU = {  # of which the run would end at its first validation, or take no notice
+    ("--eval-bleu-args", "{'beam': 2}"): "not JSON by names; write it as '{\"beam\": 4}'",
+    ("--eval-bleu-args", "[1]"): "not JSON",
+    ("--eval-bleu-args", "{"): "not JSON",
+    ("--eval-bleu-args", '{"beem": 2}'): "no setting of fairseq-generate's; near to it: beam",
+    ("--eval-bleu-args", '{"max_len_b": "10"}'): 'of another type; {"max_len_b": 200} is its default',
+    ("--eval-bleu-args", '{"lenpen": "1.0"}'): "of another type",
+    ("--eval-bleu-args", '{"beam": 4.0}'): "of another type",
+    ("--eval-bleu-args", '{"sampling": "no"}'): "of another type",
+    ("--eval-bleu-detok-args", "x"): "not JSON",
+    ("--eval-bleu-detok", "nosuch"): "no tokenizer of fairseq's; one of moses, nltk, space",
+    ("--eval-bleu-remove-bpe", "nosuch"): "unknown to fairseq; such as sentencepiece",
+}
+
+
+@pytest.mark.parametrize("task", ["translation", "translation_with_kd"])
+@pytest.mark.parametrize("typed", EVAL_BLEU)
+def test_settings_of_eval_bleu(data, task, typed):
+    flag, text = typed
+    cfg = TranslationWithKDConfig(data=str(data), eval_bleu=True, **{flag[2:].replace("-", "_"): text})
+    built = TASK_REGISTRY[task].setup_task(cfg)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{flag} {text}: {EVAL_BLEU[typed]}')}"):
+        built.build_model(None)  # before there is one
+    built.cfg.eval_bleu = False
+    with pytest.raises(TypeError, match="NoneType"):  # goes on, to what is no model
+        built.build_model(None)
+
+
+def test_settings_of_eval_bleu_that_do(train, tmp_path):
+    settings = '{"beam": 2, "max_len_a": 1, "max_len_b": 5, "lenpen": 1, "sampling": false, "eos_token": null}'
+    flags = ["--eval-bleu-args", settings, "--eval-bleu-remove-bpe", "--max-update", "1"]
+    result = train(tmp_path, "--criterion", "label_smoothed_cross_entropy", "--eval-bleu", *flags)
+    assert result.returncode == 0, result.output
+
+
+@pytest.mark.parametrize("text", ['{"beam": "4"}', "{'beam': 4}"])
+def test_settings_of_eval_bleu_as_typed(train, tmp_path, text):
     flags = [*KD, "--alpha", "0", "--eval-bleu", "--eval-bleu-args", text]
-    assert_refused(train(tmp_path, *flags), tmp_path, f"--eval-bleu-args {text}: not JSON", '{"beam": 4}')
+    assert_refused(train(tmp_path, *flags), tmp_path, f"--eval-bleu-args {text}: ")
 
 
 MODEL_OVERRIDES = {

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import json
 import os
 from typing import Optional
 
@@ -12,20 +11,6 @@ from fairseq.tasks.translation import TranslationTask
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.dictionaries import load_dictionary
-
-
-def check_eval_bleu_args(text: str) -> None:
-    """See that they are JSON, whose quotes are others than those of ``--teacher-model-overrides`` may be.
-
-    Raises:
-        ConfigError: they are not
-    """
-    try:
-        settings = json.loads(text or "{}")
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"--eval-bleu-args {text}: not JSON by names; write it as '{{\"beam\": 4}}'")
 
 
 def check_parts(task: TranslationTask) -> None:

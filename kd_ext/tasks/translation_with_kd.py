@@ -16,7 +16,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.tasks.checks import check_eval_bleu_args, check_parts, check_student
+from kd_ext.tasks.checks import check_parts, check_student
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
 from kd_ext.tasks.word_numbers import check_binarized
 from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
@@ -144,7 +144,6 @@ class TranslationWithKDTask(TranslationTask):
             raise ConfigError(f"{SIDE_FLAG} {cfg.kd_language_side}: unknown; one of {', '.join(SIDES)}")
         if cfg.teacher_dtype not in (None, *DTYPES):
             raise ConfigError(f"--teacher-dtype {cfg.teacher_dtype}: unknown; one of {', '.join(DTYPES)}")
-        check_eval_bleu_args(cfg.eval_bleu_args)
         task = super().setup_task(cfg, **kwargs)
         check_parts(task)
         return task

@@ -14,6 +14,7 @@ TOUCHES = (
     "checkpoints",
     "command_line",
     "damaged_checkpoints",
+    "eval_bleu",
     "evaluated_settings",
     "fast_path",
     "fetched_files",

@@ -49,10 +49,24 @@ def _refuse_two_user_dirs() -> None:
 def _show_errors_of_hydra() -> None:
     """Python >= 3.10 has no ``print_exception(etype=...)``, by which hydra-core 1.0 reports errors: it shows its own.
 
-    Its switch that leaves errors as they are is set for fairseq's commands alone.
+    Its switch that leaves errors as they are is set for fairseq's commands alone. What Hydra has against the command
+    line it would have shown without their traceback: so it is shown here.
     """
-    if "fairseq_cli" in sys.modules:
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if "fairseq_cli" not in sys.modules or "HYDRA_FULL_ERROR" in os.environ:
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    previous = sys.excepthook
+
+    def excepthook(kind, error, traceback):
+        if kind.__module__ != "hydra.errors":
+            previous(kind, error, traceback)
+            return
+        override = getattr(error, "override", None)  # of which Hydra's message may say a part
+        remedy = f"; quote a value that has = , or brackets: \"{override.split('=')[0]}='...'\"" if override else ""
+        said = " ".join(str(error).split())
+        print(f"kd_ext: error: {override + ': ' if override else ''}{said}{remedy}", file=sys.stderr)
+
+    sys.excepthook = excepthook
 
 
 def _allow_config_defaults() -> None:

@@ -42,7 +42,7 @@ def apply() -> None:
 
 _OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]|pip install [a-z]")  # or of a package that a flag needs
 # what a flag's value or a model's settings are refused by
-_KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError, ImportError)
+_KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError, ImportError, FileNotFoundError)
 _PLAIN = "Exception"  # by which sentences that are too long are refused
 _AT_ITS_END = re.compile(  # of a traceback as text: the last frame, and what was raised there
     r'File "[^"]*[\\/](?:fairseq|fairseq_cli)[\\/][^"]*", line \d+, in \w+\n(?:    .*\n)*'
@@ -56,13 +56,27 @@ _REMEDIES = {  # by what fairseq says
     r"requires a join(ed|t) dictionary": "source and target have other words: preprocess the data, and the teacher's, "
     "by fairseq-preprocess --joined-dictionary, or leave the flag out",
     r"pip install sacremoses": "or give no 'moses' to --eval-bleu-detok or --tokenizer",
+    r"Set --combine-val to": "that flag is --combine-valid-subsets",
 }
+_WITHOUT_A_FLAG = {  # what fairseq says of a flag that it does not name
+    r"Dataset not found: (.*) \((.*)\)": "{1}: it has no set '{0}' of these languages; name one that "
+    "fairseq-preprocess wrote by --train-subset, --valid-subset or --gen-subset",
+    r"Sentences lengths should not exceed max_tokens=(.*)": "--max-tokens {0}: a sentence has more, and a batch holds "
+    "one at least; give a larger one",
+    r"Could not infer language pair": "no pair of languages is in the names of the data's files; name the folder that "
+    "fairseq-preprocess wrote, or give --source-lang and --target-lang",
+    r"The dataset is empty\.": "no sentence of a set is left: each is longer than --max-source-positions, "
+    "--max-target-positions or --max-tokens, or there are none; raise them",
+}
+_NAMES_A_FILE = re.compile(r"--.*(path|file|dir|input|model|output|dict|tags)")
 _DO_NOT_FIT = "Cannot load model parameters from checkpoint"  # how the trainer's Exception begins
 
 
 def _message(error: Optional[BaseException]) -> Optional[str]:
     """The line for what `error` is, or was raised from; None if that is nothing that a flag can mend."""
     outermost = error
+    if not isinstance(error, Exception):  # stopped by the user, whatever was being handled
+        return None
     if isinstance(error, OmegaConfBaseException):
         refused = _about_a_setting(f"{type(error).__module__}.{type(error).__name__}: {error}")
         if refused is not None:
@@ -88,14 +102,25 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
 
 
 def _of_a_file(error: Optional[BaseException]) -> Optional[str]:
-    """What the system has against a file that a flag names, or what is in it."""
-    flags = {value: flag for flag, value in typed_flags()}
-    if isinstance(error, OSError) and error.filename in flags:
-        return f"{flags[error.filename]} {error.filename}: {error.strerror}"
-    if isinstance(error, UnicodeDecodeError) and "--input" in flags.values():
-        path = next(value for value, flag in flags.items() if flag == "--input")
+    """What the system has against a file that the command line names, or one in a folder of it, or what is in it."""
+    flags = [(flag, value) for flag, value in typed_flags() if _NAMES_A_FILE.fullmatch(flag)]
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        of_data = [("", part) for word in sys.argv[1:] for part in word.split(":") if not word.startswith("-")]
+        for flag, value in [*flags, *of_data]:
+            if value and _is_in(error.filename, value):
+                inner = f": {error.filename}" if error.filename != value else ""
+                remedy = "" if flag else "; name the folder that fairseq-preprocess wrote, and its languages"
+                return f"{flag} {value}".strip() + f"{inner}: {error.strerror}{remedy}"
+    if isinstance(error, UnicodeDecodeError) and "--input" in dict(flags):
+        path = dict(flags)["--input"]
         return f"--input {path}: not in UTF-8 (byte {error.start}: {error.reason}); convert it, as by iconv"
     return None
+
+
+def _is_in(path: str, place: str) -> bool:
+    """Whether a file is what a flag names, or lies there."""
+    path, place = os.path.abspath(path), os.path.abspath(place)
+    return path == place or path.startswith(place + os.sep)
 
 
 def _of_fairseq(error: Optional[BaseException]) -> Optional[str]:
@@ -117,6 +142,10 @@ def _package(frame: FrameType) -> str:
 
 
 def _about_a_flag(said: str) -> Optional[str]:
+    for pattern, line in _WITHOUT_A_FLAG.items():
+        found = re.match(pattern, said)
+        if found:
+            return line.format(*found.groups())
     if "\n" in said.strip() or not _OF_A_FLAG.search(said):
         return None
     remedies = [remedy for what, remedy in _REMEDIES.items() if re.search(what, said)]
