@@ -131,13 +131,17 @@ def test_the_log_says_how_many_parameters_train(caplog):
 
 
 def test_dropout_is_between_the_gate_and_the_residual():
+    """What is dropped is what is added; the residual is neither dropped nor scaled, and the gate has its part."""
     torch.manual_seed(1)
-    adapter = Adapter(400, 4, "relu", dropout=torch.nn.Dropout(0.25), gated=False)
+    adapter = Adapter(400, 4, "relu", dropout=torch.nn.Dropout(0.25), gated=True)
     torch.nn.init.ones_(adapter.up.bias)
-    added = adapter(torch.zeros(400))  # the bias of the up-projection alone, dropped or scaled
-    kept = added[added.ne(0)]
-    torch.testing.assert_close(kept, torch.full_like(kept, 4 / 3))
+    torch.nn.init.constant_(adapter.gate.weight, 0)
+    torch.nn.init.constant_(adapter.gate.bias, math.log(3))  # of 3/4
+    x = torch.arange(1.0, 401.0) * 10
+    added = adapter(x) - x
     assert 0.15 < added.eq(0).float().mean() < 0.35
+    kept = added[added.ne(0)]
+    torch.testing.assert_close(kept, torch.ones_like(kept), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("names", [None, ["Adapter"], ["TransformerDecoderLayer"]])

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from commands import PLUGIN, run
@@ -20,6 +21,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.tasks.checks import check_student
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
+from kd_ext.tasks.word_numbers import check_words
 
 
 def assert_refused(result, save_dir, *parts):
@@ -524,3 +526,9 @@ def test_weights_of_another_size(train, teacher, tmp_path, flags):
     result = train(tmp_path / "s", *begin, *flags)
     parts = teacher, "encoder.layers.1" if "--encoder-layers" in flags else "size mismatch", "give the flags"
     assert_refused(result, tmp_path / "s", *parts)
+
+
+def test_the_first_word_that_there_is_not():
+    check_words(np.array([0, 4]), 5, "a set")
+    with pytest.raises(ConfigError, match=r"a set was binarized with another dictionary \(word 5 of 5\)"):
+        check_words(np.array([0, 5]), 5, "a set")
