@@ -490,6 +490,7 @@ def test_bad_usage(data, teacher, tmp_path):
         assert all(part in message for part in parts), message
     assert "--path no.pt" in refused(data, "no.pt", out)
     assert not out.exists()
+    assert not (tmp_path / "out.part").exists()
 
 
 def test_flags_that_would_do_nothing(data, teacher, tmp_path):
