@@ -167,10 +167,10 @@ def _build(path: str, settings: Dict[str, Any], state: Dict[str, Any], student_t
     cfg = state["cfg"]
     kind = find_kind(path, cfg.task, student_task)
     check.check_direction(kind, student_task)
-    point_at_dictionaries(kind, settings, student_task)
+    point_at_dictionaries(kind, settings, student_task, state)
     task = kind.setup()
-    compare_dictionaries(kind, task, student_task)
     check_recorded(kind, task, state)
+    compare_dictionaries(kind, task, student_task, state)
     identity = _identity_of_one(state, kind)
     model = kind.model_of(_build_model(path, task, cfg.model, state))
     drop_dead_parameters(model)
