@@ -19,7 +19,7 @@ from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
 from kd_ext.tasks.checks import check_eval_bleu_args, check_parts, check_student
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
 from kd_ext.tasks.word_numbers import check_binarized
-from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
+from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment, require_any
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
 from kd_ext.teachers.load import Source, identify_teacher, load_teacher
@@ -231,6 +231,7 @@ class TranslationWithKDTask(TranslationTask):
         path = self.cfg.teacher_checkpoint_path
         if not self.names_teachers_by_language:
             return TeacherSource(path, partial(self._identify, path), partial(self._load, path))
+        require_any(path)
         languages = self.languages
         assignment = read_assignment(path, languages.pools, languages.names, languages.counts)
         identify = partial(assignment.identity, languages.identity)

@@ -41,6 +41,20 @@ class Source(NamedTuple):
     user_dir: Optional[str] = None
     ema: bool = False
 
+    def paths(self) -> List[str]:
+        """Of each model.
+
+        Raises:
+            ConfigError: it is one file, whose name has what joins several
+        """
+        parts = utils.split_paths(self.path)
+        if len(parts) > 1 and os.path.isfile(self.path):
+            raise ConfigError(
+                f"{FLAG} {self.path}: a file with a ':' in its path, and ':' joins several; name it by a path without, "
+                "as of a link"
+            )
+        return parts
+
     def settings(self) -> Dict[str, Any]:
         return parse_overrides("--teacher-model-overrides", self.overrides)
 
@@ -95,7 +109,7 @@ def load_models(source: Source, student_task: Any) -> List[Loaded]:
     settings = source.settings()
     import_user_dir(source.user_dir)
     with random_state_kept():  # building a model draws its initial weights
-        return [_load_one(path, settings, source.ema, student_task) for path in utils.split_paths(source.path)]
+        return [_load_one(path, settings, source.ema, student_task) for path in source.paths()]
 
 
 def identify_teacher(source: Source, student_task: Any) -> str:
@@ -107,7 +121,7 @@ def identify_teacher(source: Source, student_task: Any) -> str:
     settings = source.settings()
     import_user_dir(source.user_dir)
     found = []
-    for path in utils.split_paths(source.path):
+    for path in source.paths():
         state = reading.read(path, settings, source.ema)
         found.append(_identity_of_one(state, find_kind(path, state["cfg"].task, student_task)))
         reading.let_go(state)
