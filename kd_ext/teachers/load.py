@@ -17,6 +17,7 @@ from kd_ext.modules.input_format import InputFormat
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
+from kd_ext.parsing import check_path
 from kd_ext.teachers import check, reading
 from kd_ext.teachers.check import in_a_line
 from kd_ext.teachers.dictionaries import check_recorded, compare_dictionaries, left_over, point_at_dictionaries
@@ -149,6 +150,7 @@ def import_user_dir(user_dir: Optional[str]) -> None:
     """Import what ``--teacher-user-dir`` names, if it names anything, once: before a teacher's file is read."""
     if user_dir is None:
         return
+    check_path("--teacher-user-dir", user_dir)  # fairseq would run what is in the current folder
     flag = f"--teacher-user-dir {user_dir}"
     try:
         utils.import_user_module(Namespace(user_dir=user_dir))
