@@ -111,3 +111,13 @@ def test_a_sentence_without_a_tag_is_said_once(caplog):
     for _ in range(3):
         run.forward(random_batch(np.random.default_rng(1), ["hi", None]))
     assert sum("without a language tag" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("prefix", "times"), [(1, 0), (60, 1)])
+def test_a_prefix_longer_than_every_sentence_is_said_once(prefix, times, caplog):
+    run = Run("word_seq_level", prefix=prefix)
+    for seed in range(3):
+        run.forward(random_batch(np.random.default_rng(seed), ["hi", "ta"]))
+    said = [record.getMessage() for record in caplog.records if "no token of a batch is left" in record.getMessage()]
+    assert len(said) == times
+    assert all(text.startswith("--ignore-prefix-size 60: ") for text in said)
