@@ -1,10 +1,19 @@
 """The arguments of commands: of this project's own, and what was typed of any."""
 
 import argparse
+import os
 import sys
-from typing import Any, List, NoReturn, Optional, Tuple
+from typing import Any, Collection, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 from kd_ext.errors import ConfigError
+
+_ENSEMBLE, _LIST = "joined by ':' they are an ensemble", "join them by ','"
+_OVERRIDES = ("--teacher-model-overrides", "--model-overrides", "--rescore-model-overrides")
+_SEVERAL = {  # of flags that take several values in one
+    **dict.fromkeys(("--teacher-checkpoint-path", "--path", "--rescore"), _ENSEMBLE),
+    **dict.fromkeys(_OVERRIDES, "put all in one dictionary"),
+    **dict.fromkeys(("--kd-language-tags", "--encoder-adapter-ids", "--decoder-adapter-ids"), _LIST),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,14 +26,67 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: Optional[str] = None, **kwargs: Any) -> None:
         super().__init__(description=(description or "").split("\n")[0], **kwargs)
 
+    def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's; each flag of these commands has a value.
+
+        Raises:
+            ConfigError: as of :func:`check_typed` and :func:`check_path`
+        """
+        parsed = super().parse_args(args, namespace)
+        check_typed([flag for flag, _ in typed_flags(args)], args)
+        for name, value in vars(parsed).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    check_path(name.upper(), text)
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         """Raise it as a :class:`ConfigError`."""
         raise ConfigError(f"{message.replace('argument ', '', 1)}; {self.prog} --help lists what there is")
 
 
-def typed_flags() -> List[Tuple[str, str]]:
-    """Each flag of this process's command line with the value after it, in order; a switch has the next word."""
-    words, found = sys.argv[1:], []
+def check_typed(flags: Collection[str], words: Optional[Sequence[str]] = None) -> None:
+    """See that what was typed after flags that name files, folders or lists is what is meant.
+
+    Args:
+        flags: of this project, each with a value
+        words: of the command line; None: of this process's
+
+    Raises:
+        ConfigError: one that takes several values in one is there twice, with another value, of which argparse drops
+            the first; or as of :func:`check_path`
+    """
+    found: Dict[str, str] = {}
+    for flag, value in typed_flags(words):
+        if flag not in flags:
+            continue
+        check_path(flag, value)
+        if flag in _SEVERAL and found.setdefault(flag, value) != value:
+            raise ConfigError(f"{flag} {found[flag]} {flag} {value}: the last alone would count; {_SEVERAL[flag]}")
+
+
+def check_path(flag: str, value: str) -> None:
+    """See that a value names something, and as it is meant.
+
+    Raises:
+        ConfigError: it is empty, which is the current folder as a path, or begins with a ``~`` that no shell replaced
+    """
+    if not value:
+        raise ConfigError(f"{flag} '': empty, as a shell's variable that is not set; give a value, or leave it out")
+    if value.split(os.sep)[0] == "~":
+        raise ConfigError(
+            f"{flag} {value}: a shell puts your folder in place of ~ only where a word begins so, and not in quotes; "
+            f"write {os.path.expanduser(value)}"
+        )
+
+
+def typed_flags(words: Optional[Sequence[str]] = None) -> List[Tuple[str, str]]:
+    """Each flag of a command line with the value after it, in order; a switch has the next word.
+
+    Args:
+        words: None: of this process's
+    """
+    words, found = sys.argv[1:] if words is None else words, []
     for word, after in zip(words, [*words[1:], ""]):
         if word.startswith("-"):
             flag, equals, value = word.partition("=")

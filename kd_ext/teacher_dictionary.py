@@ -56,7 +56,7 @@ def read_dictionaries(
     state = reading.read(source.path, settings)
     run = SimpleNamespace(cfg=Namespace(source_lang=source_lang, target_lang=target_lang))
     kind = find_kind(source.path, state["cfg"].task, run)
-    point_at_dictionaries(kind, settings, run)
+    point_at_dictionaries(kind, settings, run, state)
     reading.let_go(state)
     return kind.dictionaries(kind.setup()), kind.files()
 

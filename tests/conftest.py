@@ -81,11 +81,11 @@ def teacher(train, tmp_path_factory, data):
 
 @pytest.fixture(scope="session")
 def distil(train, teacher):
-    """Runs fairseq-train with the teacher."""
+    """Runs fairseq-train with the teacher, or with one that the flags name."""
 
     def distil(save_dir, *flags, strategy="word_seq_level", **kwargs) -> Result:
-        with_teacher = [*KD, "--teacher-checkpoint-path", teacher, *strategy_flags(strategy)]
-        return train(save_dir, *with_teacher, *flags, **kwargs)
+        named = [] if "--teacher-checkpoint-path" in flags else ["--teacher-checkpoint-path", teacher]
+        return train(save_dir, *KD, *named, *strategy_flags(strategy), *flags, **kwargs)
 
     return distil
 

@@ -18,10 +18,12 @@ from omegaconf import OmegaConf
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.errors import ConfigError
+from kd_ext.exporting.student import load_student
 from kd_ext.files import trained_with
 from kd_ext.tasks.checks import check_student
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
 from kd_ext.tasks.word_numbers import check_words
+from kd_ext.teachers.load import Source, load_teacher
 
 
 def assert_refused(result, save_dir, *parts):
@@ -407,16 +409,46 @@ def shortened(words):
 
 @pytest.mark.parametrize(("change", "parts"), [(reordered, ["entry 14", "w"]), (shortened, ["nothing", "sizes"])])
 def test_other_dictionaries(train, teacher, data, tmp_path, change, parts):
-    """Defect 11. The first difference is named; 4 special symbols come before the file's first word."""
+    """Defect 11. The first difference is named; 4 special symbols come before the file's first word.
+
+    Those beside the checkpoint may be another's: it has no record of its own.
+    """
     path = tmp_path / "other" / "teacher.pt"
     path.parent.mkdir()
-    shutil.copy(teacher, path)
+    state = load(teacher)
+    del state["extra_state"][trained_with.KEY]
+    torch.save(state, path)
     for language in ("src", "tgt"):
         words = (data / f"dict.{language}.txt").read_text().splitlines()
         change(words)
         (path.parent / f"dict.{language}.txt").write_text("\n".join(words) + "\n")
     result = train(tmp_path / "student", *KD, "--teacher-checkpoint-path", path)
-    assert_refused(result, tmp_path / "student", "source dictionary differs", "--srcdict", *parts)
+    read = [f"those in {path.parent} were read", "--srcdict", "--teacher-model-overrides \"{'data': 'folder'}\""]
+    assert_refused(result, tmp_path / "student", "source dictionary differs", *read, *parts)
+
+
+def test_another_projects_data_under_the_recorded_name(teacher, data, tmp_path, monkeypatch):
+    """The record of a checkpoint says which folder has its own dictionaries, for teachers and for what is exported."""
+    state = load(teacher)
+    state["cfg"]["task"]["data"] = "d"
+    path = tmp_path / "elsewhere" / "teacher.pt"
+    path.parent.mkdir()
+    torch.save(state, path)
+    task = TranslationWithKDTask.setup_task(TranslationWithKDConfig(data=str(data)))
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("d")
+    for name in ("dict.src.txt", "dict.tgt.txt"):
+        words = (data / name).read_text().splitlines()
+        reordered(words)
+        (tmp_path / "d" / name).write_text("\n".join(words) + "\n")
+    load_teacher(Source(str(path)), task)
+    with pytest.raises(ConfigError, match="in d is not the one that it was trained with"):
+        load_student(str(path))
+    for name in ("dict.src.txt", "dict.tgt.txt"):
+        shutil.copy(data / name, tmp_path)
+    state["cfg"]["task"]["data"] = str(tmp_path)
+    torch.save(state, "d/student.pt")
+    assert load_student("d/student.pt").folder == str(tmp_path)
 
 
 def test_dictionaries_not_found(train, teacher, data, tmp_path):

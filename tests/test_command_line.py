@@ -71,6 +71,8 @@ WRONG = {
     "--lr-scheduler x": "argument --lr-scheduler: invalid choice: 'x' (choose from ",
     "--max-update x": "argument --max-update: invalid int value: 'x'",
     "--max-update": "argument --max-update: expected one argument",
+    "--max-update -1e3": "argument --max-update: expected one argument; write --max-update=-1e3",
+    "--max-update -s": "argument --max-update: expected one argument\n",
     "words": "words: no flag",
 }
 
@@ -81,7 +83,7 @@ def test_flags_that_are_not_understood(tmp_path, flags):
     assert result.returncode == 2
     lines = [line for line in result.output.splitlines() if "INFO" not in line]
     assert len(lines) == 1, result.output
-    assert lines[0].startswith(f"kd_ext: error: {WRONG[flags]}"), lines
+    assert f"{lines[0]}\n".startswith(f"kd_ext: error: {WRONG[flags]}"), lines
 
 
 @pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-interactive", "fairseq-validate"])

@@ -313,9 +313,12 @@ BAD = {
     "special": (["--kd-language-tags", "</s>"], ["'</s>' is a special symbol"]),
     "twice": (["--kd-language-tags", "__src__hi,__src__ta,__src__hi"], ["'__src__hi' is there twice"]),
     "empty word": (["--kd-language-tags", "__src__hi,,__src__ta"], ["an empty word", "joined by commas"]),
-    "empty": (["--kd-language-tags", ""], ["--kd-language-tags ", "an empty word"]),
-    "no such file": (["--kd-language-tags", "tags.txt"], ["'tags.txt' is not in the source dictionary"]),
-    "a folder": (["--kd-language-tags", "{folder}"], ["a folder; name a file"]),
+    "empty": (["--kd-language-tags", ""], ["--kd-language-tags '': empty"]),
+    "no such file": (
+        ["--kd-language-tags", "tags.txt"],
+        ["no such file, and 'tags.txt' is not in the source"],
+    ),
+    "a folder": (["--kd-language-tags", "{folder}"], ["--kd-language-tags {folder}: a folder; name a file, or tags"]),
     "both": (["--kd-language-tags", "__src__hi", "--kd-language-tag", "<2"], ["--kd-language-tag <2 as well"]),
     "side": (["--kd-language-side", "both"], ["--kd-language-side both: unknown; one of source, target"]),
     "not on that side": (
@@ -329,7 +332,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_usage(train, teacher, tmp_path, case):
     flags, parts = BAD[case]
-    flags = [flag.format(folder=tmp_path) for flag in flags]
+    flags, parts = ([text.replace("{folder}", str(tmp_path)) for text in texts] for texts in (flags, parts))
     known = [*KD, "--teacher-checkpoint-path", teacher, *strategy_flags("global_language_wise")]
     assert_refused(train(tmp_path / "run", *known, *flags), tmp_path / "run", *parts)
 

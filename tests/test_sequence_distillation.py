@@ -319,10 +319,11 @@ def test_parts(data, teacher, student, tmp_path):
     for flags, part in {
         ("--lenpen", "0.5"): "--lenpen 1.0, and this is 0.5",
         ("--min-score=-9",): "--min-score None, and this is -9.0",
-        ("--path", student): "teacher",
     }.items():
         message = refused(f"{data}:{second}", teacher, tmp_path / "out", *flags)
         assert f"{tmp_path}/out/0: was made with {part}" in message
+    message = refused(f"{data}:{second}", student, tmp_path / "out")
+    assert f"{tmp_path}/out/0: was made with teacher" in message
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0"]
     made_of(f"{data}:{second}", teacher, tmp_path / "out")  # goes on
     assert contents(tmp_path / "out" / "1") == made
@@ -495,6 +496,7 @@ def test_bad_usage(data, teacher, tmp_path):
         assert all(part in message for part in parts), message
     assert "--path no.pt" in refused(data, "no.pt", out)
     assert not out.exists()
+    assert not (tmp_path / "out.part").exists()
 
 
 def test_flags_that_would_do_nothing(data, teacher, tmp_path):

@@ -156,3 +156,13 @@ def test_what_is_logged_of_two_updates_of_two_workers(strategy):
     assert values["kd_selected"] == pytest.approx(sums["selected"] / sums["tokens"], abs=2e-3)
     if strategy == "batch_level":
         assert values["kd_gate"] == pytest.approx(sum(gates) / 4 / math.log(2), abs=2e-3)
+
+
+@pytest.mark.parametrize(("prefix", "times"), [(1, 0), (60, 1)])
+def test_a_prefix_longer_than_every_sentence_is_said_once(prefix, times, caplog):
+    run = Run("word_seq_level", prefix=prefix)
+    for seed in range(3):
+        run.forward(random_batch(np.random.default_rng(seed), ["hi", "ta"]))
+    said = [record.getMessage() for record in caplog.records if "no token of a batch is left" in record.getMessage()]
+    assert len(said) == times
+    assert all(text.startswith("--ignore-prefix-size 60: ") for text in said)

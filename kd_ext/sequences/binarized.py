@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from typing import Any, Iterable, List, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch
-from fairseq.data import indexed_dataset
+from fairseq.data import data_utils, indexed_dataset
+from torch import Tensor
 
 
 def write_side(prefix: str, sentences: Iterable[Sequence[int]], words: Any) -> None:
@@ -15,27 +16,51 @@ def write_side(prefix: str, sentences: Iterable[Sequence[int]], words: Any) -> N
         sentences: their tokens, without eos, which is added
         words: the dictionary
     """
+    _write(prefix, (torch.tensor([*sentence, words.eos()], dtype=torch.int32) for sentence in sentences), words)
+
+
+def _write(prefix: str, sentences: Iterable[Tensor], words: Any) -> None:
     builder = indexed_dataset.make_builder(f"{prefix}.bin", impl="mmap", vocab_size=len(words))
     for sentence in sentences:
-        builder.add_item(torch.tensor([*sentence, words.eos()], dtype=torch.int32))
+        builder.add_item(sentence)
     builder.finalize(f"{prefix}.idx")
 
 
-def copy_rest(data: str, destination: str, source: str, target: str, subset: str) -> List[str]:
-    """Copy the dictionaries and the sets beside the training set; returns the names of the files.
+def copy_rest(task: Any, data: str, destination: str, subset: str) -> None:
+    """Copy the dictionaries and the sets beside the training set.
 
     Those of data that was preprocessed the other way round are named as the training set: fairseq reads the languages
-    off the first name that it meets.
+    off the first name that it meets. Sets of text, and those of the old format, are written as the training set, too:
+    fairseq reads all that it trains on by one ``--dataset-impl``.
+
+    Args:
+        task: gives the languages and their dictionaries
     """
-    copied = []
+    source, target = task.cfg.source_lang, task.cfg.target_lang
     for name in sorted(os.listdir(data)):
+        path = os.path.join(data, name)
         is_dictionary = name in (f"dict.{source}.txt", f"dict.{target}.txt")
         of_pair = any(f".{pair}." in name for pair in (f"{source}-{target}", f"{target}-{source}"))
-        if (is_dictionary or (of_pair and not _is_of(name, subset))) and os.path.isfile(os.path.join(data, name)):
-            new = name.replace(f".{target}-{source}.", f".{source}-{target}.", 1)
-            shutil.copyfile(os.path.join(data, name), os.path.join(destination, new))
-            copied.append(new)
-    return copied
+        if not (is_dictionary or (of_pair and not _is_of(name, subset))) or not os.path.isfile(path):
+            continue
+        new = os.path.join(destination, name.replace(f".{target}-{source}.", f".{source}-{target}.", 1))
+        prefix, new_prefix = _without_ending(path), _without_ending(new)
+        is_side = not is_dictionary and prefix.endswith((f".{source}", f".{target}"))
+        if not is_side or indexed_dataset.infer_dataset_impl(prefix) not in ("raw", "cached"):
+            shutil.copyfile(path, new)
+        elif not name.endswith(".idx"):  # which is read with its .bin
+            words = task.source_dictionary if prefix.endswith(f".{source}") else task.target_dictionary
+            _write(new_prefix, _sentences(prefix, words), words)
+
+
+def _without_ending(path: str) -> str:
+    return os.path.splitext(path)[0] if path.endswith((".bin", ".idx")) else path
+
+
+def _sentences(prefix: str, words: Any) -> Iterator[Tensor]:
+    is_text = indexed_dataset.infer_dataset_impl(prefix) == "raw"
+    side = data_utils.load_indexed_dataset(prefix, words, "raw" if is_text else "lazy")
+    return (side[i] for i in range(len(side)))
 
 
 def _is_of(name: str, subset: str) -> bool:

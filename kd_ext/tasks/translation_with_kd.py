@@ -16,10 +16,11 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
+from kd_ext.parsing import check_path, check_typed
 from kd_ext.tasks.checks import check_parts, check_student
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
 from kd_ext.tasks.word_numbers import check_binarized
-from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
+from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment, require_any
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
 from kd_ext.teachers.load import Source, identify_teacher, load_teacher
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 CRITERION = "label_smoothed_cross_entropy_with_kd"
 DTYPES = ("float32", "float16", "bfloat16")
+_NAMING = ("--teacher-checkpoint-path", "--teacher-model-overrides", "--teacher-user-dir", "--teacher-cache-dir")
+_NAMING += ("--kd-language-tags",)
 _OF_TEACHERS = ("--teacher-model-overrides", "--teacher-user-dir", "--teacher-ema", "--teacher-dtype")
 
 
@@ -134,6 +137,7 @@ class TranslationWithKDTask(TranslationTask):
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
+        check_typed(_NAMING)
         if cfg.kd_strategy not in STRATEGIES:
             raise ConfigError(f"--kd-strategy {cfg.kd_strategy}: unknown; one of {', '.join(STRATEGIES)}")
         if cfg.teacher_cache_top_k is not None and not cfg.teacher_cache_dir:
@@ -212,6 +216,7 @@ class TranslationWithKDTask(TranslationTask):
                 f"{', '.join(unused)}: there is no teacher to load beside --teacher-cache-dir "
                 f"{self.cfg.teacher_cache_dir}; name one by --teacher-checkpoint-path, or leave it out"
             )
+        check_path("--teacher-cache-dir", self.cfg.teacher_cache_dir)
         source = self._teacher_source(one_by_one=mends)
         folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
         self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self, mends=mends)
@@ -230,6 +235,7 @@ class TranslationWithKDTask(TranslationTask):
         path = self.cfg.teacher_checkpoint_path
         if not self.names_teachers_by_language:
             return TeacherSource(path, partial(self._identify, path), partial(self._load, path))
+        require_any(path)
         languages = self.languages
         assignment = read_assignment(path, languages.pools, languages.names, languages.counts)
         identify = partial(assignment.identity, languages.identity)

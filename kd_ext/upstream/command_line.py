@@ -10,6 +10,8 @@ from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Tuple
 from fairseq import options
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
+from kd_ext.parsing import typed_flags
+
 GROUP = "fairseq-kd-ext"
 _LISTED = "_kd_ext_listed"
 # dataclasses of flags, and what has to be given so that they are some: in the order in which they are handed down
@@ -137,12 +139,16 @@ def _of_unknown(parser: argparse.ArgumentParser, flag: str) -> str:
 
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Of a value: with the near ones in place of all that there are."""
+    """Of a value: with the near ones in place of all that there are; or how one that begins with a dash is given."""
     match = re.match(r"argument ([^/:\s]+)\S*: invalid choice: ('[^']*'|\S+)", message)
     action: Optional[argparse.Action] = parser._option_string_actions.get(match[1]) if match else None
     if match and action is not None and action.choices is not None and len(list(action.choices)) > 10:
         value = match[2].strip("'\"")
         message = f"{match[1]} {value}: unknown{near(value, list(action.choices)) or '; nothing is near to it'}"
+    alone = re.match(r"argument (\S+): expected one argument$", message)
+    for flag, value in typed_flags() if alone else ():
+        if flag == alone[1] and re.match("-[^-].", value):  # and no short flag
+            message += f"; write {flag}={value}"
     _end(message)
 
 
