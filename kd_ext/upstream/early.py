@@ -52,7 +52,7 @@ def _show_errors_of_hydra() -> None:
     Its switch that leaves errors as they are is set for fairseq's commands alone. What Hydra has against the command
     line it would have shown without their traceback: so it is shown here.
     """
-    if "fairseq_cli" not in sys.modules or "HYDRA_FULL_ERROR" in os.environ:
+    if "fairseq_cli" not in sys.modules or os.environ.get("HYDRA_FULL_ERROR"):
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"
     previous = sys.excepthook
