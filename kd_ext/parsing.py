@@ -1,18 +1,20 @@
 """The arguments of commands: of this project's own, and what was typed of any."""
 
 import argparse
+import logging
 import os
 import sys
-from typing import Any, Collection, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 from kd_ext.errors import ConfigError
 
-_ENSEMBLE, _LIST = "joined by ':' they are an ensemble", "join them by ','"
-_OVERRIDES = ("--teacher-model-overrides", "--model-overrides", "--rescore-model-overrides")
-_SEVERAL = {  # of flags that take several values in one
+logger = logging.getLogger(__name__)
+
+_ENSEMBLE = "joined by ':' they are an ensemble"
+_SEVERAL = {  # flags that take several values in one
     **dict.fromkeys(("--teacher-checkpoint-path", "--path", "--rescore"), _ENSEMBLE),
-    **dict.fromkeys(_OVERRIDES, "put all in one dictionary"),
-    **dict.fromkeys(("--kd-language-tags", "--encoder-adapter-ids", "--decoder-adapter-ids"), _LIST),
+    **dict.fromkeys(("--teacher-model-overrides", "--rescore-model-overrides"), "one dictionary has all"),
+    "--kd-language-tags": "several are joined by ','",
 }
 
 
@@ -27,13 +29,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=(description or "").split("\n")[0], **kwargs)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; each flag of these commands has a value.
+        """As argparse's; each argument of these commands that is given has a value.
 
         Raises:
-            ConfigError: as of :func:`check_typed` and :func:`check_path`
+            ConfigError: as of :func:`check_path`
         """
         parsed = super().parse_args(args, namespace)
-        check_typed([flag for flag, _ in typed_flags(args)], args)
         for name, value in vars(parsed).items():
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str):
@@ -43,26 +44,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise it as a :class:`ConfigError`."""
         raise ConfigError(f"{message.replace('argument ', '', 1)}; {self.prog} --help lists what there is")
-
-
-def check_typed(flags: Collection[str], words: Optional[Sequence[str]] = None) -> None:
-    """See that what was typed after flags that name files, folders or lists is what is meant.
-
-    Args:
-        flags: of this project, each with a value
-        words: of the command line; None: of this process's
-
-    Raises:
-        ConfigError: one that takes several values in one is there twice, with another value, of which argparse drops
-            the first; or as of :func:`check_path`
-    """
-    found: Dict[str, str] = {}
-    for flag, value in typed_flags(words):
-        if flag not in flags:
-            continue
-        check_path(flag, value)
-        if flag in _SEVERAL and found.setdefault(flag, value) != value:
-            raise ConfigError(f"{flag} {found[flag]} {flag} {value}: the last alone would count; {_SEVERAL[flag]}")
 
 
 def check_path(flag: str, value: str) -> None:
@@ -78,6 +59,19 @@ def check_path(flag: str, value: str) -> None:
             f"{flag} {value}: a shell puts your folder in place of ~ only where a word begins so, and not in quotes; "
             f"write {os.path.expanduser(value)}"
         )
+
+
+def warn_of_repeated(words: Optional[Sequence[str]] = None) -> None:
+    """Say of flags that take several values in one that of two the last alone counts, as argparse has it.
+
+    Args:
+        words: of the command line; None: of this process's
+    """
+    found: Dict[str, str] = {}
+    for flag, value in typed_flags(words):
+        if flag in _SEVERAL and found.get(flag, value) != value:
+            logger.warning("%s %s: not used, as the last one counts, %s; %s", flag, found[flag], value, _SEVERAL[flag])
+        found[flag] = value
 
 
 def typed_flags(words: Optional[Sequence[str]] = None) -> List[Tuple[str, str]]:

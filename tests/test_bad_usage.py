@@ -14,6 +14,7 @@ from corpus import preprocess
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import TASK_REGISTRY
+from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
@@ -259,6 +260,7 @@ def test_before_the_first_validation(train, tmp_path, flags, parts):
         ("--best-checkpoint-metric bleu --disable-validation", None),
         ("--max-source-positions 9 --max-target-positions 9 --skip-invalid-size-inputs-valid-test", None),
         ("--max-tokens-valid 12", None),
+        ("--max-tokens-valid -1 --batch-size-valid 4", None),
     ],
 )
 def test_scores_and_lengths_that_do(train, tmp_path, flags, said):
@@ -292,6 +294,7 @@ EVAL_BLEU = {  # of which the run would end at its first validation, or take no 
     ("--eval-bleu-args", '{"max_len_b": "10"}'): 'of another type; {"max_len_b": 200} is its default',
     ("--eval-bleu-args", '{"lenpen": "1.0"}'): "of another type",
     ("--eval-bleu-args", '{"beam": 4.0}'): "of another type",
+    ("--eval-bleu-args", ""): "not JSON",
     ("--eval-bleu-args", '{"sampling": "no"}'): "of another type",
     ("--eval-bleu-detok-args", "x"): "not JSON",
     ("--eval-bleu-detok", "nosuch"): "no tokenizer of fairseq's; one of moses, nltk, space",
@@ -307,13 +310,26 @@ def test_settings_of_eval_bleu(data, task, typed):
     built = TASK_REGISTRY[task].setup_task(cfg)
     with pytest.raises(ConfigError, match=f"^{re.escape(f'{flag} {text}: {EVAL_BLEU[typed]}')}"):
         built.build_model(None)  # before there is one
-    built.cfg.eval_bleu = False
     with pytest.raises(TypeError, match="NoneType"):  # goes on, to what is no model
+        built.build_model(None, from_checkpoint=True)
+    built.cfg.eval_bleu = False
+    with pytest.raises(TypeError, match="NoneType"):
         built.build_model(None)
 
 
+def test_settings_of_eval_bleu_that_a_users_task_reads(data):
+    class Theirs(TranslationTask):
+        def build_generator(self, *args, **kwargs):
+            return super().build_generator(*args, **kwargs)
+
+    for settings, error in (('{"rerank": 1}', TypeError), ('{"beam": "4"}', ConfigError)):
+        task = Theirs.setup_task(TranslationWithKDConfig(data=str(data), eval_bleu=True, eval_bleu_args=settings))
+        with pytest.raises(error):
+            task.build_model(None)
+
+
 def test_settings_of_eval_bleu_that_do(train, tmp_path):
-    settings = '{"beam": 2, "max_len_a": 1, "max_len_b": 5, "lenpen": 1, "sampling": false, "eos_token": null}'
+    settings = '{"beam": 2, "max_len_a": 1, "max_len_b": 5.0, "lenpen": 1, "sampling": false, "eos_token": null}'
     flags = ["--eval-bleu-args", settings, "--eval-bleu-remove-bpe", "--max-update", "1"]
     result = train(tmp_path, "--criterion", "label_smoothed_cross_entropy", "--eval-bleu", *flags)
     assert result.returncode == 0, result.output

@@ -7,6 +7,8 @@ import pytest
 import torch
 from commands import PLUGIN, ROOT, run, run_as_typed
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, needs_half
+from fairseq.data import Dictionary
+from fairseq.tasks import translation, translation_lev
 from test_resume import is_trained
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKDConfig
@@ -158,3 +160,12 @@ def test_data_of_several_files(data, tmp_path, task):
         assert result.returncode == 0, result.output
         size, updates = re.findall(r"train \| epoch 001 .*\| bsz ([\d.]+) \| num_updates (\d+)", result.output)[0]
         assert float(size) * int(updates) == pytest.approx(times * 300, rel=0.01)
+
+
+def test_parts_of_data_by_position(data):
+    """As a module of one's own may call it."""
+    words = Dictionary.load(str(data / "dict.src.txt"))
+    flags = [False, None, -1, True, False, 1024, 1024]
+    dataset = translation.load_langpair_dataset(str(data), "valid", "src", words, "tgt", words, *flags)
+    assert len(dataset) == 40
+    assert translation_lev.load_langpair_dataset is translation.load_langpair_dataset

@@ -77,3 +77,14 @@ def test_sentences_to_compare_exported_models_on(data, tmp_path):
     as_lazy(data, tmp_path)
     found, wanted = (sentences_for(str(folder), "src", "tgt", words, 7, 1000) for folder in (tmp_path, data))
     assert found.tokens == wanted.tokens
+
+
+def test_text_beside_what_was_made_of_it_stays(data, teacher, tmp_path):
+    """References to score with, say: neither read in place of the set nor lost."""
+    shutil.copytree(data, tmp_path / "bin")
+    for split in ("valid", "test"):
+        (tmp_path / "bin" / f"{split}.src-tgt.tgt").write_bytes("Straße, of no dictionary\n".encode("latin1"))
+    made_of(tmp_path / "bin", teacher, tmp_path / "out", "--dataset-impl", "mmap", "--subset", "train")
+    for path in (tmp_path / "bin").iterdir():
+        if path.name.split(".")[0] in ("dict", "valid", "test"):
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

@@ -11,7 +11,6 @@ from torch import nn
 from kd_ext.errors import ConfigError
 from kd_ext.modules.adapter import ACTIVATIONS
 from kd_ext.modules.recurrent_stack import MOST_LAYERS
-from kd_ext.parsing import check_typed
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,6 @@ def read_extensions(args: Namespace) -> Extensions:
         ConfigError: naming the flag, its value and what would work
     """
     _check_types(args)
-    check_typed([f"--{side}-adapter-ids" for side in SIDES])
     if args.adapter_activation_fn not in ACTIVATIONS:
         raise ConfigError(
             f"--adapter-activation-fn {args.adapter_activation_fn}: unknown; one of {', '.join(ACTIVATIONS)}"

@@ -8,7 +8,7 @@ from fairseq import options as fairseq_options
 from fairseq.data import data_utils
 
 from kd_ext.errors import ConfigError
-from kd_ext.parsing import check_typed
+from kd_ext.parsing import check_path, warn_of_repeated
 from kd_ext.sequences.choosing import CHOICES, CLOSENESS
 from kd_ext.teachers.assignment import is_by_language
 from kd_ext.upstream import torch_compile
@@ -19,8 +19,6 @@ TASK = "translation_with_kd"
 _OWN = ("destdir", "subset", "processes", "choose", "closest-by", "with-references", "max-ratio", "min-score")
 _OWN += ("rescore", "rescore-model-overrides", "drop-worst", "teacher-user-dir", "teacher-ema")
 _OWN += ("kd-language-tag", "kd-language-tags", "kd-language-side")
-_NAMING = ("--path", "--model-overrides", "--destdir", "--rescore", "--rescore-model-overrides", "--teacher-user-dir")
-_NAMING += ("--kd-language-tags",)
 _USED = {  # of fairseq's flags: the data, the teacher, how it runs, batches, decoding
     *("data", "source_lang", "target_lang", "task", "dataset_impl", "left_pad_source", "required_seq_len_multiple"),
     *("truncate_source", "max_source_positions", "upsample_primary"),
@@ -116,12 +114,13 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--teacher-user-dir", metavar="DIR", help="as for fairseq-train")
     parser.add_argument("--teacher-ema", action="store_true", help="as for fairseq-train")
     list_alone(parser, [f"--{name}" for name in _OWN])
-    check_typed(_NAMING, arguments)
+    warn_of_repeated(arguments)
     args = fairseq_options.parse_args_and_arch(parser, list(arguments))
     check_used(parser.parse_args(list(arguments)), parser)  # as given: fairseq sets some flags by others
     for flag, meaning in (("path", "the teacher"), ("destdir", "the folder to make")):
         if not getattr(args, flag):
             raise ConfigError(f"--{flag} is missing: {meaning}")
+    check_path("--destdir", args.destdir)
     args.destdir = args.destdir.rstrip(os.sep) or os.sep
     unfold(args, ("bf16", torch_compile.OPTION))
     _check(args)

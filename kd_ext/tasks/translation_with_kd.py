@@ -16,7 +16,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.parsing import check_path, check_typed
+from kd_ext.parsing import check_path, warn_of_repeated
 from kd_ext.tasks.checks import check_parts, check_student
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
 from kd_ext.tasks.word_numbers import check_binarized
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 CRITERION = "label_smoothed_cross_entropy_with_kd"
 DTYPES = ("float32", "float16", "bfloat16")
-_NAMING = ("--teacher-checkpoint-path", "--teacher-model-overrides", "--teacher-user-dir", "--teacher-cache-dir")
-_NAMING += ("--kd-language-tags",)
 _OF_TEACHERS = ("--teacher-model-overrides", "--teacher-user-dir", "--teacher-ema", "--teacher-dtype")
 
 
@@ -137,7 +135,7 @@ class TranslationWithKDTask(TranslationTask):
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
-        check_typed(_NAMING)
+        warn_of_repeated()
         if cfg.kd_strategy not in STRATEGIES:
             raise ConfigError(f"--kd-strategy {cfg.kd_strategy}: unknown; one of {', '.join(STRATEGIES)}")
         if cfg.teacher_cache_top_k is not None and not cfg.teacher_cache_dir:

@@ -54,7 +54,7 @@ def _folder(kind: Kind, settings: Dict[str, Any], student_task: Any, saved: Dict
     folder, wanted = next((place for place in there if _are_recorded(kind, *place, saved)), there[0])
     if wanted != names:
         kind.name_as_student()
-    if folder in students and folder not in (beside, recorded):
+    if folder in students and not any(place in (beside, recorded) for place, _ in there):
         logger.warning(
             "%s: its dictionaries are neither beside it nor in %s, where it was trained; those in %s are taken",
             *(kind.path, recorded, folder),
@@ -64,10 +64,13 @@ def _folder(kind: Kind, settings: Dict[str, Any], student_task: Any, saved: Dict
 
 def _are_recorded(kind: Kind, folder: str, names: Sequence[str], saved: Dict[str, str]) -> bool:
     """Whether a folder's dictionaries are those of a record; without one, any are."""
-    if not saved.keys() & {trained_with.SOURCE, trained_with.TARGET}:
+    if not saved.keys() & {trained_with.SOURCE, trained_with.TARGET} or len(names) != 2:
         return True
-    words = [[*found.symbols, *kind.appended_words(None)] for found in kind.read_dictionaries(folder, names)]
-    return trained_with.has_words(saved, *words)
+    try:
+        found = kind.read_dictionaries(folder, names)
+    except ConfigError:  # a damaged one is no one's
+        return False
+    return trained_with.has_words(saved, *([*each.symbols, *kind.appended_words(None)] for each in found))
 
 
 def check_recorded(kind: Kind, task: Any, state: Dict[str, Any]) -> None:

@@ -46,6 +46,9 @@ def _refuse_two_user_dirs() -> None:
         sys.exit(2)
 
 
+_OF_THE_COMMAND_LINE = ("OverrideParseException", "ConfigCompositionException")
+
+
 def _show_errors_of_hydra() -> None:
     """Python >= 3.10 has no ``print_exception(etype=...)``, by which hydra-core 1.0 reports errors: it shows its own.
 
@@ -58,11 +61,12 @@ def _show_errors_of_hydra() -> None:
     previous = sys.excepthook
 
     def excepthook(kind, error, traceback):
-        if kind.__module__ != "hydra.errors":
+        if kind.__module__ != "hydra.errors" or kind.__name__ not in _OF_THE_COMMAND_LINE:
             previous(kind, error, traceback)
             return
         override = getattr(error, "override", None)  # of which Hydra's message may say a part
-        remedy = f"; quote a value that has = , or brackets: \"{override.split('=')[0]}='...'\"" if override else ""
+        key, equals, _ = (override or "").partition("=")
+        remedy = f"; quote a value that has = , or brackets: \"{key}='...'\"" if equals else ""
         said = " ".join(str(error).split())
         print(f"kd_ext: error: {override + ': ' if override else ''}{said}{remedy}", file=sys.stderr)
 

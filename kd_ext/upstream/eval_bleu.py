@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional
 from fairseq.data import data_utils
 from fairseq.data.encoders import TOKENIZER_REGISTRY
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.tasks import FairseqTask
 from fairseq.tasks.translation import TranslationTask
 
 from kd_ext.errors import ConfigError
@@ -24,18 +25,21 @@ def apply() -> None:
         return
 
     @functools.wraps(original)
-    def build_model(self, *args, **kwargs):
-        if self.cfg.eval_bleu:
-            _check(self.cfg)
-        return original(self, *args, **kwargs)
+    def build_model(self, cfg, from_checkpoint=False):
+        if self.cfg.eval_bleu and not from_checkpoint:  # of which nothing can be mended any more
+            reads_more = type(self).build_generator is not FairseqTask.build_generator
+            _check(self.cfg, reads_more)
+        return original(self, cfg, from_checkpoint)
 
     build_model._kd_ext_looks = True
     TranslationTask.build_model = build_model
 
 
-def _check(cfg: Any) -> None:
+def _check(cfg: Any, reads_more: bool) -> None:
+    """Where a task `reads_more` settings than fairseq's, other names are its own."""
     for name, value in _json("--eval-bleu-args", cfg.eval_bleu_args, '{"beam": 4}').items():
-        _check_setting(name, value)
+        if name in GenerationConfig.__dataclass_fields__ or not reads_more:
+            _check_setting(name, value)
     _json("--eval-bleu-detok-args", cfg.eval_bleu_detok_args, '{"source_lang": "de"}')
     if cfg.eval_bleu_detok not in TOKENIZER_REGISTRY:
         known = ", ".join(sorted(TOKENIZER_REGISTRY))
@@ -49,6 +53,9 @@ def _check(cfg: Any) -> None:
         ) from None
 
 
+_LENGTHS = ("max_len_b", "min_len")  # which fairseq rounds, or compares
+
+
 def _check_setting(name: str, value: Any) -> None:
     fields = GenerationConfig.__dataclass_fields__
     given = f"--eval-bleu-args {json.dumps({name: value})}"
@@ -57,7 +64,7 @@ def _check_setting(name: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = {
         bool: value in (True, False),
-        int: is_number and not isinstance(value, float),
+        int: is_number and (not isinstance(value, float) or name in _LENGTHS),
         float: is_number,
     }
     if not fits.get(fields[name].type, True):
@@ -67,7 +74,7 @@ def _check_setting(name: str, value: Any) -> None:
 def _json(flag: str, text: Optional[str], example: str) -> Dict[str, Any]:
     """The settings that a flag has as JSON, whose quotes are others than those of ``--model-overrides`` may be."""
     try:
-        settings = json.loads(text or "{}")
+        settings = json.loads(text or "")
     except ValueError:
         settings = None
     if not isinstance(settings, dict):

@@ -6,6 +6,7 @@ from typing import Any, Iterator
 
 import numpy as np
 from fairseq import checkpoint_utils, utils
+from fairseq.data import LanguagePairDataset
 from fairseq.tasks.translation import TranslationTask
 
 from kd_ext.errors import ConfigError
@@ -72,8 +73,9 @@ def _check_lengths(trainer: Any) -> None:
                 f"{longest[1]} tokens, are longer than the model's positions {most}; {remedy} --max-source-positions "
                 "and --max-target-positions"
             )
-        longest = max(map(dataset.num_tokens, kept), default=0)
-        if cfg.max_tokens_valid and longest > cfg.max_tokens_valid:
+        many = dataset.num_tokens_vec if isinstance(dataset, LanguagePairDataset) else np.vectorize(dataset.num_tokens)
+        longest = int(many(kept).max()) if len(kept) > 0 else 0
+        if 0 < (cfg.max_tokens_valid or 0) < longest:
             raise ConfigError(
                 f"--max-tokens-valid {cfg.max_tokens_valid}: a sentence of --valid-subset {name} has {longest} tokens, "
                 f"and a batch holds one at least; give {longest} or more (it is --max-tokens where it is not given)"

@@ -1,6 +1,7 @@
 """``--encoder-layers-to-keep 0,2`` and the decoder's: to begin with some layers of a model, as LayerDrop's users do."""
 
 import functools
+import logging
 import re
 from contextlib import nullcontext
 from typing import Any, Dict, List, Optional
@@ -9,6 +10,10 @@ from fairseq import checkpoint_utils
 from fairseq.models.transformer.transformer_config import EncDecBaseConfig
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
+
+from kd_ext.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def apply() -> None:
@@ -39,11 +44,19 @@ def _kept(cfg: Any, side: str) -> Optional[str]:
 
 
 def _complete(cfg: Any, weights: Dict[str, Tensor]) -> None:
-    """Keep all layers of a side that is not named, or that has as many as are kept, and not those: it is pruned."""
+    """Keep all layers of a side that is not named, or that has as many as are kept, and not those: it is pruned.
+
+    Raises:
+        ConfigError: a layer is not there
+    """
     for side in ("encoder", "decoder"):
-        there = _layers(weights, side)
-        kept = _kept(cfg, side)
+        there, kept = _layers(weights, side), _kept(cfg, side)
         asked = {int(layer) for layer in kept.split(",")} if kept else set(there)
+        if there and not asked <= set(there):
+            flag = f"--{side}-layers-to-keep {kept}"
+            if len(asked) != len(there):
+                raise ConfigError(f"{flag}: the weights have the layers 0 to {there[-1]}; name some of them")
+            logger.warning("%s: the weights have %d layers, as many; all are taken, as pruned before", flag, len(there))
         if len(asked) == len(there) and there:
             with open_dict(cfg) if OmegaConf.is_config(cfg) else nullcontext():
                 setattr(cfg, f"{side}_layers_to_keep", ",".join(map(str, there)))

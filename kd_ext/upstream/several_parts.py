@@ -1,8 +1,11 @@
 """Training data of several files in one folder: ``train``, ``train1``, ..., and ``--combine-valid-subsets``."""
 
 import functools
+import inspect
 
-from fairseq.tasks import translation
+from fairseq.tasks import online_backtranslation, translation, translation_from_pretrained_bart, translation_lev
+
+_NAME = "upsample_primary"
 
 
 def apply() -> None:
@@ -13,11 +16,15 @@ def apply() -> None:
     original = translation.load_langpair_dataset
     if getattr(original, "_kd_ext", False):
         return
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def load_langpair_dataset(*args, upsample_primary=1, **kwargs):
-        times = 1 if upsample_primary == -1 else upsample_primary
-        return original(*args, upsample_primary=times, **kwargs)
+    def load_langpair_dataset(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        if given.arguments[_NAME] == -1:
+            given.arguments[_NAME] = 1
+        return original(*given.args, **given.kwargs)
 
     load_langpair_dataset._kd_ext = True
-    translation.load_langpair_dataset = load_langpair_dataset
+    for module in (translation, translation_from_pretrained_bart, translation_lev, online_backtranslation):
+        module.load_langpair_dataset = load_langpair_dataset
