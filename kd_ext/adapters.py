@@ -44,7 +44,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m kd_ext.adapters", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m kd_ext.adapters", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the adapters of a checkpoint")
     listing.add_argument("checkpoint")

@@ -154,5 +154,6 @@ def at_least(version: Optional[str], least: Tuple[int, int]) -> bool:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m kd_ext.doctor", description=__doc__.split("\n")[0]).parse_args()
+    shown = (__doc__ or "").split("\n")[0]  # none with python -OO
+    argparse.ArgumentParser(prog="python -m kd_ext.doctor", description=shown).parse_args()
     sys.exit(main())

@@ -51,7 +51,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def _parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = Parser(prog="python -m kd_ext.export", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m kd_ext.export", description=__doc__)
     parser.add_argument("checkpoint", nargs="?", help="of a student")
     parser.add_argument("output", nargs="?", help="the file to write with --format fairseq, else the folder")
     parser.add_argument("--format", choices=FORMATS)

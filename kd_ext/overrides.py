@@ -1,10 +1,10 @@
 """Settings that a user gives as a Python dictionary on the command line."""
 
 import ast
-import sys
 from typing import Any, Dict
 
 from kd_ext.errors import ConfigError
+from kd_ext.parsing import typed_flags
 
 FLAG = "--model-overrides"
 
@@ -27,7 +27,5 @@ def parse_overrides(flag: str, text: str) -> Dict[str, Any]:
 
 def typed_overrides() -> Dict[str, Any]:
     """What ``--model-overrides`` on this process's command line says, without what flags of ours add to it."""
-    words = sys.argv[1:]
-    found = [after for word, after in zip(words, words[1:]) if word == FLAG]
-    found += [word[len(FLAG) + 1 :] for word in words if word.startswith(f"{FLAG}=")]
+    found = [value for flag, value in typed_flags() if flag == FLAG]
     return parse_overrides(FLAG, found[-1]) if found else {}

@@ -70,12 +70,12 @@ def _make(arguments: List[str], args: argparse.Namespace, part: int, place: str)
     started = time.time()
     work = _work(args, part)
     check_sets(work)
+    manifest = work.manifest()  # before anything is made: a flag may be wrong
     being_made = f"{place}.part"
     take(being_made)
     if os.path.lexists(place):  # another start has ended in the meantime
         shutil.rmtree(being_made)
         raise ConfigError(f"--destdir {place}: is there; name a folder that is not, or remove it")
-    manifest = work.manifest()
     files = WorkFiles(being_made, manifest)
     done = {number for number, _ in files.lines()}
     sentences = sum(len(work.batches[number]) for number in done)

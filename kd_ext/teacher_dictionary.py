@@ -56,13 +56,13 @@ def read_dictionaries(
     state = reading.read(source.path, settings)
     run = SimpleNamespace(cfg=Namespace(source_lang=source_lang, target_lang=target_lang))
     kind = find_kind(source.path, state["cfg"].task, run)
-    point_at_dictionaries(kind, settings, run)
+    point_at_dictionaries(kind, settings, run, state)
     reading.let_go(state)
     return kind.dictionaries(kind.setup()), kind.files()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m kd_ext.teacher_dictionary", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m kd_ext.teacher_dictionary", description=__doc__)
     parser.add_argument("teacher", help="its checkpoint")
     parser.add_argument("destdir", help=f"the folder for {' and '.join(NAMES)}")
     parser.add_argument("-s", "--source-lang", help="for a teacher of several pairs, one of them")

@@ -81,11 +81,11 @@ def teacher(train, tmp_path_factory, data):
 
 @pytest.fixture(scope="session")
 def distil(train, teacher):
-    """Runs fairseq-train with the teacher."""
+    """Runs fairseq-train with the teacher, or with one that the flags name."""
 
     def distil(save_dir, *flags, strategy="word_seq_level", **kwargs) -> Result:
-        with_teacher = [*KD, "--teacher-checkpoint-path", teacher, *strategy_flags(strategy)]
-        return train(save_dir, *with_teacher, *flags, **kwargs)
+        named = [] if "--teacher-checkpoint-path" in flags else ["--teacher-checkpoint-path", teacher]
+        return train(save_dir, *KD, *named, *strategy_flags(strategy), *flags, **kwargs)
 
     return distil
 
@@ -132,7 +132,7 @@ def with_adapters(state, gated=False):
         settings = {"add_adapters": True, "adapter_ids": "hi,ta", "train_adapter": "hi", "adapter_use_gating": gated}
         vars(state["cfg"]["model"]).update({f"{side}_{name}": value for name, value in settings.items()})
         for name in ("hi", "ta"):
-            adapter = Adapter(16, 8, "relu", 0.0, gated)
+            adapter = Adapter(16, 8, "relu", torch.nn.Identity(), gated)
             for part, tensor in adapter.state_dict().items():
                 noise = torch.randn(tensor.shape, generator=generator) * 0.3
                 state["model"][f"{side}.layers.0.adapters.{name}.{part}"] = tensor + noise

@@ -18,6 +18,7 @@ from kd_ext.modules import chunked_logits
 from kd_ext.modules.chunked_logits import GivenLogits, LinearLogits
 from kd_ext.modules.chunked_loss import Weights, chunked_loss, chunked_nll, of_tokens
 from kd_ext.modules.language_tags import LanguageTags
+from kd_ext.modules.parted_logits import PartedLogits
 from kd_ext.modules.positions import Positions, true_first
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, SharedWindow
@@ -338,3 +339,57 @@ def test_selection(kind):
     for pool, values in on_cpu.state_dict().items():
         assert type(saved[pool]) is torch.Tensor  # on the CPU
         assert torch.equal(saved[pool], values)
+
+
+LARGEST = {"golden": Weights(1.0, 0.0, 0.0, 1.0), "distilled": Weights(0.0, 1.0, 0.0, 4.0)}
+
+
+LARGEST["both"] = Weights(0.5, 0.5, 0.0, 4.0)
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_large_gradients_in_float16(name):
+    """Scaled to what float16 holds, and not beyond it."""
+    weights = LARGEST[name]
+    features = torch.eye(4, 8).half()
+    weight = torch.zeros(16, 8).half()
+    weight[range(4), range(4)] = 200.0  # token i: all on word i
+    target = torch.arange(4) + 4
+    selected = torch.full((4,), weights.distilled > 0)
+    given = torch.zeros(4, 16)
+    given[range(4), target] = 400.0  # and the teacher's on another
+    teachers = [GivenLogits(given.half())] if weights.distilled else []
+    full = LinearLogits(features.float().requires_grad_(), weight.float().requires_grad_(), None)
+    loss, *_ = plain(full, target, selected, teachers, weights)
+    with Pretend():
+        leaves = LinearLogits(put(features).requires_grad_(), put(weight).requires_grad_(), None)
+        known = [GivenLogits(put(teacher.given)) for teacher in teachers]
+        result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=2)
+        gradients = torch.autograd.grad(result.loss, leaves[:2])
+    for gradient, expected in zip(gradients, torch.autograd.grad(loss, full[:2])):
+        assert_near(gradient.cpu(), expected, torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_teachers_by_language_under_automatic_mixed_precision(dtype):
+    """Of float32 weights: each teacher's are multiplied in the dtype of autocast."""
+    weights = Weights(0.5, 0.5, 0.1, 1.0)
+    student, target, selected, teachers = make(torch.float32, n=60, teachers=("linear", "bias"), selection="all")
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    parts = [[teacher.of(at)] for teacher, at in zip(teachers, order.split([25, 35]))]
+    rounded = LinearLogits(*(x.to(dtype).float() for x in as_dtype(student, dtype)))
+    probs = torch.cat([as_dtype(as_dtype(part, dtype), torch.float32).logits() for (part,) in parts]).softmax(1)
+    given = [GivenLogits(torch.empty_like(probs).index_copy_(0, order, probs).log())]
+    loss, _, term, _ = plain(rounded, target, selected, given, weights)
+    with Pretend():
+        leaves, _ = put_all(student, [])
+        known = [[type(logits)(*map(put, logits)) for logits in part] for part in parts]
+        torch.set_autocast_dtype("cuda", dtype)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            parted = PartedLogits(known, [25, 35], put(order))
+            result = chunked_loss(leaves, put(target), put(selected), parted, weights, rows=16)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    torch.testing.assert_close(result.loss.cpu(), loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.kl.cpu(), term.kl, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 from tiny_models import SIDES, adapters, batch, both, build, build_from, logits, parameters, randomize, settings
 
 from kd_ext.errors import ConfigError
-from kd_ext.modules.adapter import Adapter, adapter_of
+from kd_ext.modules.adapter import Adapter, AdapterSet, adapter_of
 
 FUNCTIONS = {
     "relu": lambda v: max(v, 0.0),
@@ -21,7 +21,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("activation", FUNCTIONS)
 def test_an_adapter_computes_its_formula(activation, gated):
     torch.manual_seed(1)
-    adapter = Adapter(5, 3, activation, dropout=0.5, gated=gated).eval().double()
+    adapter = Adapter(5, 3, activation, dropout=torch.nn.Dropout(0.5), gated=gated).eval().double()
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)
     weights = {name: p.tolist() for name, p in adapter.named_parameters()}
@@ -131,13 +131,28 @@ def test_the_log_says_how_many_parameters_train(caplog):
 
 
 def test_dropout_is_between_the_gate_and_the_residual():
+    """What is dropped is what is added; the residual is neither dropped nor scaled, and the gate has its part."""
     torch.manual_seed(1)
-    adapter = Adapter(400, 4, "relu", dropout=0.25, gated=False)
+    adapter = Adapter(400, 4, "relu", dropout=torch.nn.Dropout(0.25), gated=True)
     torch.nn.init.ones_(adapter.up.bias)
-    added = adapter(torch.zeros(400))  # the bias of the up-projection alone, dropped or scaled
-    kept = added[added.ne(0)]
-    torch.testing.assert_close(kept, torch.full_like(kept, 4 / 3))
+    torch.nn.init.constant_(adapter.gate.weight, 0)
+    torch.nn.init.constant_(adapter.gate.bias, math.log(3))  # of 3/4
+    x = torch.arange(1.0, 401.0) * 10
+    added = adapter(x) - x
     assert 0.15 < added.eq(0).float().mean() < 0.35
+    kept = added[added.ne(0)]
+    torch.testing.assert_close(kept, torch.ones_like(kept), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("names", [None, ["Adapter"], ["TransformerDecoderLayer"]])
+def test_dropout_that_is_retained_at_inference(names):
+    model = randomize(build(**adapters(train="hi"), dropout=0.3)).eval()
+    model.make_generation_fast_(retain_dropout=True, retain_dropout_modules=names)
+    sets = [module for module in model.modules() if isinstance(module, AdapterSet)]
+    for adapter in (each._modules["hi"] for each in sets):
+        outputs = adapter(torch.ones(16)), adapter(torch.ones(16))
+        assert torch.equal(*outputs) == (names == ["TransformerDecoderLayer"])
+    assert len(sets) == 4
 
 
 def test_activation_at_inference():

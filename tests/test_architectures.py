@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fairseq import models, options
+from fairseq import checkpoint_utils, models, options
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 from tiny_models import SIDES, adapters, batch, both, build, build_from, dictionary, logits, settings
@@ -176,3 +176,12 @@ def test_all_features_at_once():
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(model, src, prev), logits(other, src, prev))
     torch.testing.assert_close(logits(copy.deepcopy(model), src, prev), logits(model, src, prev))
+
+
+def test_layers_to_keep_that_are_not_there(caplog):
+    state = build(layers=3).state_dict()
+    with pytest.raises(ConfigError, match=r"^--encoder-layers-to-keep 0,7: the weights have the layers 0 to 2"):
+        checkpoint_utils.prune_state_dict(state, settings(layers=3, encoder_layers_to_keep="0,7"))
+    kept = checkpoint_utils.prune_state_dict(state, settings(layers=3, encoder_layers_to_keep="0,4,5"))
+    assert kept.keys() == state.keys()
+    assert "--encoder-layers-to-keep 0,4,5: the weights have 3 layers, as many; all are taken" in caplog.text

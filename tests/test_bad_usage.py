@@ -5,18 +5,26 @@ import pickle
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from commands import PLUGIN, run
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, strategy_flags
 from corpus import preprocess
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.models import MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
+from fairseq.tasks.translation import TranslationTask
 from omegaconf import OmegaConf
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKD
 from kd_ext.errors import ConfigError
+from kd_ext.exporting.student import load_student
 from kd_ext.files import trained_with
+from kd_ext.tasks.checks import check_student
 from kd_ext.tasks.translation_with_kd import TranslationWithKDConfig, TranslationWithKDTask
+from kd_ext.tasks.word_numbers import check_words
+from kd_ext.teachers.load import Source, load_teacher
 
 
 def assert_refused(result, save_dir, *parts):
@@ -211,7 +219,26 @@ VALIDATION = {
             "longer than the model's positions (5, 6); add --skip-invalid-size-inputs-valid-test",
         ],
     ),
+    "none is left": (
+        "--max-source-positions 2 --max-target-positions 2 --skip-invalid-size-inputs-valid-test",
+        ["--valid-subset valid: 40 of its 40 sentences", "positions (2, 2); raise --max-source-positions and"],
+    ),
+    "more than a batch": ("--max-tokens-valid 6", ["--max-tokens-valid 6: a sentence of --valid-subset valid has 12"]),
+    "more than a batch of training": ("--max-tokens 8", ["--max-tokens-valid 8: ", "12 or more (it is --max-tokens"]),
 }
+
+
+@pytest.mark.parametrize("arch", ["nonautoregressive_transformer", "cmlm_transformer", "fconv_lm"])
+def test_students_of_another_kind(teacher, data, tmp_path, arch):
+    flags = ["--arch", arch, *KD, "--teacher-checkpoint-path", teacher, "--save-dir", tmp_path / "s"]
+    result = run(tmp_path / "log", "fairseq-train", data, *TRAINING, *flags)
+    assert_refused(result, tmp_path / "s", f"--arch {arch}: ", "word by word", "such as transformer_ext")
+
+
+@pytest.mark.parametrize("name", ["lstm", "fconv", "lightconv", "transformer", "transformer_align", "transformer_ext"])
+def test_students_of_all_kinds_that_predict_word_by_word(name):
+    kind = MODEL_REGISTRY[name]
+    check_student(kind.__new__(kind), name)  # as its class says, whatever is in it
 
 
 @pytest.mark.parametrize(("flags", "parts"), VALIDATION.values(), ids=VALIDATION)
@@ -231,7 +258,9 @@ def test_before_the_first_validation(train, tmp_path, flags, parts):
         ("--eval-bleu --best-checkpoint-metric bleu --maximize-best-checkpoint-metric", None),
         ("--best-checkpoint-metric accuracy --report-accuracy --maximize-best-checkpoint-metric", None),
         ("--best-checkpoint-metric bleu --disable-validation", None),
-        ("--max-source-positions 5 --max-target-positions 6 --skip-invalid-size-inputs-valid-test", None),
+        ("--max-source-positions 9 --max-target-positions 9 --skip-invalid-size-inputs-valid-test", None),
+        ("--max-tokens-valid 12", None),
+        ("--max-tokens-valid -1 --batch-size-valid 4", None),
     ],
 )
 def test_scores_and_lengths_that_do(train, tmp_path, flags, said):
@@ -257,10 +286,59 @@ def test_parts_of_the_data_with_other_dictionaries(data, tmp_path, side, name):
     assert_refused(result, tmp_path / "run", f"{tmp_path}/other: its {name} dictionary is not that of {data}")
 
 
-@pytest.mark.parametrize("text", ["{'beam': 2}", "[1]", "{"])
-def test_settings_of_eval_bleu(train, tmp_path, text):
+EVAL_BLEU = {  # of which the run would end at its first validation, or take no notice
+    ("--eval-bleu-args", "{'beam': 2}"): "not JSON by names; write it as '{\"beam\": 4}'",
+    ("--eval-bleu-args", "[1]"): "not JSON",
+    ("--eval-bleu-args", "{"): "not JSON",
+    ("--eval-bleu-args", '{"beem": 2}'): "no setting of fairseq-generate's; near to it: beam",
+    ("--eval-bleu-args", '{"max_len_b": "10"}'): 'of another type; {"max_len_b": 200} is its default',
+    ("--eval-bleu-args", '{"lenpen": "1.0"}'): "of another type",
+    ("--eval-bleu-args", '{"beam": 4.0}'): "of another type",
+    ("--eval-bleu-args", ""): "not JSON",
+    ("--eval-bleu-args", '{"sampling": "no"}'): "of another type",
+    ("--eval-bleu-detok-args", "x"): "not JSON",
+    ("--eval-bleu-detok", "nosuch"): "no tokenizer of fairseq's; one of moses, nltk, space",
+    ("--eval-bleu-remove-bpe", "nosuch"): "unknown to fairseq; such as sentencepiece",
+}
+
+
+@pytest.mark.parametrize("task", ["translation", "translation_with_kd"])
+@pytest.mark.parametrize("typed", EVAL_BLEU)
+def test_settings_of_eval_bleu(data, task, typed):
+    flag, text = typed
+    cfg = TranslationWithKDConfig(data=str(data), eval_bleu=True, **{flag[2:].replace("-", "_"): text})
+    built = TASK_REGISTRY[task].setup_task(cfg)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{flag} {text}: {EVAL_BLEU[typed]}')}"):
+        built.build_model(None)  # before there is one
+    with pytest.raises(TypeError, match="NoneType"):  # goes on, to what is no model
+        built.build_model(None, from_checkpoint=True)
+    built.cfg.eval_bleu = False
+    with pytest.raises(TypeError, match="NoneType"):
+        built.build_model(None)
+
+
+def test_settings_of_eval_bleu_that_a_users_task_reads(data):
+    class Theirs(TranslationTask):
+        def build_generator(self, *args, **kwargs):
+            return super().build_generator(*args, **kwargs)
+
+    for settings, error in (('{"rerank": 1}', TypeError), ('{"beam": "4"}', ConfigError)):
+        task = Theirs.setup_task(TranslationWithKDConfig(data=str(data), eval_bleu=True, eval_bleu_args=settings))
+        with pytest.raises(error):
+            task.build_model(None)
+
+
+def test_settings_of_eval_bleu_that_do(train, tmp_path):
+    settings = '{"beam": 2, "max_len_a": 1, "max_len_b": 5.0, "lenpen": 1, "sampling": false, "eos_token": null}'
+    flags = ["--eval-bleu-args", settings, "--eval-bleu-remove-bpe", "--max-update", "1"]
+    result = train(tmp_path, "--criterion", "label_smoothed_cross_entropy", "--eval-bleu", *flags)
+    assert result.returncode == 0, result.output
+
+
+@pytest.mark.parametrize("text", ['{"beam": "4"}', "{'beam': 4}"])
+def test_settings_of_eval_bleu_as_typed(train, tmp_path, text):
     flags = [*KD, "--alpha", "0", "--eval-bleu", "--eval-bleu-args", text]
-    assert_refused(train(tmp_path, *flags), tmp_path, f"--eval-bleu-args {text}: not JSON", '{"beam": 4}')
+    assert_refused(train(tmp_path, *flags), tmp_path, f"--eval-bleu-args {text}: ")
 
 
 MODEL_OVERRIDES = {
@@ -347,16 +425,46 @@ def shortened(words):
 
 @pytest.mark.parametrize(("change", "parts"), [(reordered, ["entry 14", "w"]), (shortened, ["nothing", "sizes"])])
 def test_other_dictionaries(train, teacher, data, tmp_path, change, parts):
-    """Defect 11. The first difference is named; 4 special symbols come before the file's first word."""
+    """Defect 11. The first difference is named; 4 special symbols come before the file's first word.
+
+    Those beside the checkpoint may be another's: it has no record of its own.
+    """
     path = tmp_path / "other" / "teacher.pt"
     path.parent.mkdir()
-    shutil.copy(teacher, path)
+    state = load(teacher)
+    del state["extra_state"][trained_with.KEY]
+    torch.save(state, path)
     for language in ("src", "tgt"):
         words = (data / f"dict.{language}.txt").read_text().splitlines()
         change(words)
         (path.parent / f"dict.{language}.txt").write_text("\n".join(words) + "\n")
     result = train(tmp_path / "student", *KD, "--teacher-checkpoint-path", path)
-    assert_refused(result, tmp_path / "student", "source dictionary differs", "--srcdict", *parts)
+    read = [f"those in {path.parent} were read", "--srcdict", "--teacher-model-overrides \"{'data': 'folder'}\""]
+    assert_refused(result, tmp_path / "student", "source dictionary differs", *read, *parts)
+
+
+def test_another_projects_data_under_the_recorded_name(teacher, data, tmp_path, monkeypatch):
+    """The record of a checkpoint says which folder has its own dictionaries, for teachers and for what is exported."""
+    state = load(teacher)
+    state["cfg"]["task"]["data"] = "d"
+    path = tmp_path / "elsewhere" / "teacher.pt"
+    path.parent.mkdir()
+    torch.save(state, path)
+    task = TranslationWithKDTask.setup_task(TranslationWithKDConfig(data=str(data)))
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("d")
+    for name in ("dict.src.txt", "dict.tgt.txt"):
+        words = (data / name).read_text().splitlines()
+        reordered(words)
+        (tmp_path / "d" / name).write_text("\n".join(words) + "\n")
+    load_teacher(Source(str(path)), task)
+    with pytest.raises(ConfigError, match="in d is not the one that it was trained with"):
+        load_student(str(path))
+    for name in ("dict.src.txt", "dict.tgt.txt"):
+        shutil.copy(data / name, tmp_path)
+    state["cfg"]["task"]["data"] = str(tmp_path)
+    torch.save(state, "d/student.pt")
+    assert load_student("d/student.pt").folder == str(tmp_path)
 
 
 def test_dictionaries_not_found(train, teacher, data, tmp_path):
@@ -466,3 +574,9 @@ def test_weights_of_another_size(train, teacher, tmp_path, flags):
     result = train(tmp_path / "s", *begin, *flags)
     parts = teacher, "encoder.layers.1" if "--encoder-layers" in flags else "size mismatch", "give the flags"
     assert_refused(result, tmp_path / "s", *parts)
+
+
+def test_the_first_word_that_there_is_not():
+    check_words(np.array([0, 4]), 5, "a set")
+    with pytest.raises(ConfigError, match=r"a set was binarized with another dictionary \(word 5 of 5\)"):
+        check_words(np.array([0, 5]), 5, "a set")

@@ -10,6 +10,7 @@ from fairseq.models.transformer import TransformerModel
 from test_resume import assert_same_run
 
 from kd_ext.errors import ConfigError
+from kd_ext.teachers.load import _identity
 
 BEGIN_ANEW = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
 
@@ -200,3 +201,10 @@ def test_validating_with_other_dictionaries(attempt, tmp_path):
     result = run(tmp_path / "log", "fairseq-validate", *flags)
     assert result.returncode != 0
     assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/data: its target dictionary is not the one that ")
+
+
+def test_what_tells_a_teacher_from_others():
+    """Its overrides do, but for where dictionaries are, and the order of an ensemble does not."""
+    assert _identity(["b", "a"], {}) == _identity(["a", "b"], {"data": "x"})
+    assert len({_identity(["a"], x) for x in ({}, {"activation_fn": "gelu"}, {"activation_fn": "relu"})}) == 3
+    assert _identity(["a"], {"x": 1, "y": 2}) == _identity(["a"], {"y": 2, "x": 1})

@@ -232,3 +232,11 @@ def test_holds_no_more_than_a_chunk_of_logits(teachers):
         chunked_nll(student, target, rows=16)
         chunked_loss(student, target, selected, teachers, Weights(1.0, 1.0, 0.1, 1.0), rows=16).loss.backward()
     assert shapes.largest <= max(16 * V, 500 * D)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_row_that_is_longer_than_a_block(monkeypatch, temperature):
+    """A vocabulary of more words than BLOCK_ELEMENTS: blocks of one row."""
+    monkeypatch.setattr(chunked_logits, "BLOCK_ELEMENTS", V - 1)
+    for teachers in (("linear",), ("linear", "bias")):
+        check(8, 1e-10, Weights(1.0, 1.0, 0.1, temperature), teachers=teachers)

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from commands import PLUGIN, run
-from conftest import load, needs_half
+from conftest import KD, load, needs_half
 from fairseq import options
+from test_architectures import DEAD
 
 from kd_ext import adapters as tool
 from kd_ext.errors import ConfigError
@@ -254,3 +255,28 @@ def test_a_stacked_student_on_disk(train, tmp_path):
         sizes[depths, "logged"] = counted.groups()
     assert sizes["1", "logged"] == sizes["6", "logged"]
     assert sizes["6"] < sizes["1"] + 3000  # with the optimizer's state and a moving average
+
+
+@pytest.mark.parametrize("arch", ["transformer", "transformer_ext"])
+@pytest.mark.parametrize("kept", [{"encoder": [0, 2], "decoder": [1]}, {"encoder": [1]}])
+def test_a_student_that_begins_with_some_of_its_teachers_layers(train, tmp_path, arch, kept):
+    """All of a side that is not named; and started again, it goes on."""
+    deep = ["--encoder-layers", "3", "--decoder-layers", "2"]
+    result = train(tmp_path / "teacher", *CRITERION, *deep, "--max-update", "3", arch=arch)
+    assert result.returncode == 0, result.output
+    teacher = tmp_path / "teacher/checkpoint_last.pt"
+    flags = [*KD, "--teacher-checkpoint-path", teacher, "--finetune-from-model", teacher, *deep, "--lr", "0"]
+    for side, layers in kept.items():
+        flags += [f"--{side}-layers-to-keep", ",".join(map(str, layers))]
+    theirs, layers = weights(teacher), {"encoder": [0, 1, 2], "decoder": [0, 1], **kept}
+    for updates in "1", "2":
+        result = train(tmp_path / "student", *flags, "--max-update", updates, arch=arch)
+        assert result.returncode == 0, result.output
+        found = weights(tmp_path / "student/checkpoint_last.pt")
+        used = {name: weight for name, weight in found.items() if name.split(".")[-1] not in DEAD}
+        for name, weight in used.items():
+            origin = re.sub(
+                r"^(encoder|decoder)\.layers\.(\d+)", lambda m: f"{m[1]}.layers.{layers[m[1]][int(m[2])]}", name
+            )
+            assert torch.equal(weight, theirs[origin]), name
+        assert sum(name.endswith(".fc1.weight") for name in used) == sum(map(len, layers.values()))

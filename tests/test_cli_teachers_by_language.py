@@ -194,6 +194,7 @@ BAD = {
     "twice the rest": ("hi={a},...={b},...={a}", ["'...' is there twice"]),
     "no path": ("hi=,...={b}", ["'hi=' names no checkpoint"]),
     "no such file": ("hi=no/x=1.pt,...={b}", ["no/x=1.pt: no such file"]),
+    "no file at all": ("lr=0.1/x.pt", ["lr=0.1/x.pt: no such file, and taken for teachers by language (hi=a.pt"]),
     "no such file in an ensemble": ("hi={a}:no.pt,...={b}", ["no.pt: no such file"]),
     "commas in place of colons": ("hi={a},no.pt,...={b}", ["{a},no.pt: no such file"]),
     "a folder": ("hi={folder},...={b}", ["{folder}: a folder"]),
@@ -229,6 +230,8 @@ def test_what_is_taken_for_an_assignment(tmp_path, monkeypatch):
         "none.pt",
         "runs/lr=1/none.pt",
         "lr=0.1",
+        "lr=0.1/misspelt.pt",
+        "c.pt:lr=0.1/misspelt.pt",
         None,
         "",
     ):

@@ -1,11 +1,14 @@
 """fairseq-train with the plugin: the documented command lines, precisions, and upstream's options."""
 
 import re
+import shutil
 
 import pytest
 import torch
 from commands import PLUGIN, ROOT, run, run_as_typed
 from conftest import KD, SIZES, STRATEGIES, TRAINING, load, needs_half
+from fairseq.data import Dictionary
+from fairseq.tasks import translation, translation_lev
 from test_resume import is_trained
 
 from kd_ext.criterions.label_smoothed_cross_entropy_with_kd import LabelSmoothedCrossEntropyWithKDConfig
@@ -141,3 +144,28 @@ def test_a_run_that_was_begun_without_the_plugin(data, tmp_path):
         result = run(tmp_path / "log", "fairseq-train", data, *flags, *own, "--max-update", updates)
         assert result.returncode == 0, result.output
     assert len(logged(result.output, "loss")) == 3
+
+
+@pytest.mark.parametrize("task", ["translation", "translation_with_kd"])
+def test_data_of_several_files(data, tmp_path, task):
+    """Each once, and the first as often as asked; of sets to validate with, too."""
+    shutil.copytree(data, tmp_path / "bin")
+    for name in "train", "valid":
+        for path in list((tmp_path / "bin").glob(f"{name}.*")):
+            shutil.copy(path, path.with_name(path.name.replace(f"{name}.", f"{name}1.")))
+    command = [tmp_path / "bin", *TRAINING, "--arch", "transformer", *SIZES, "--task", task, "--max-epoch", "1"]
+    command += ["--criterion", "label_smoothed_cross_entropy", "--combine-valid-subsets", "--no-save"]
+    for flags, times in ([], 2), (["--upsample-primary", "3"], 4):
+        result = run(tmp_path / "log", "fairseq-train", *command, *flags)
+        assert result.returncode == 0, result.output
+        size, updates = re.findall(r"train \| epoch 001 .*\| bsz ([\d.]+) \| num_updates (\d+)", result.output)[0]
+        assert float(size) * int(updates) == pytest.approx(times * 300, rel=0.01)
+
+
+def test_parts_of_data_by_position(data):
+    """As a module of one's own may call it."""
+    words = Dictionary.load(str(data / "dict.src.txt"))
+    flags = [False, None, -1, True, False, 1024, 1024]
+    dataset = translation.load_langpair_dataset(str(data), "valid", "src", words, "tgt", words, *flags)
+    assert len(dataset) == 40
+    assert translation_lev.load_langpair_dataset is translation.load_langpair_dataset

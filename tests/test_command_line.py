@@ -60,6 +60,9 @@ WRONG = {
     "--kd-strategi=X": "--kd-strategi: no such flag; near to it: --kd-strategy",
     "--max-tokns 3": "--max-tokns: no such flag; near to it: --max-tokens",
     "--zzzzzz": "--zzzzzz: no such flag; --help lists all",
+    "--kd-args {}": "--kd-args: of VarunGumma/fairseq; here --kd-strategy, --kd-rate, --kd-queue-size and",
+    "--task translation_with_kd --kd-temp 2": "--kd-temp: of VarunGumma/fairseq; here --kd-temperature (docs/",
+    "--encoder-use-glu": "--encoder-use-glu: of VarunGumma/fairseq; nothing here does the same",
     "--alpha 0.3": "--alpha: not without --criterion label_smoothed_cross_entropy_with_kd",
     "--teacher-cache-dir x": "--teacher-cache-dir: not without --task translation_with_kd",
     "--encoder-add-adapters": "--encoder-add-adapters: not without --arch transformer_ext",
@@ -68,6 +71,8 @@ WRONG = {
     "--lr-scheduler x": "argument --lr-scheduler: invalid choice: 'x' (choose from ",
     "--max-update x": "argument --max-update: invalid int value: 'x'",
     "--max-update": "argument --max-update: expected one argument",
+    "--max-update -1e3": "argument --max-update: expected one argument; write --max-update=-1e3",
+    "--max-update -s": "argument --max-update: expected one argument\n",
     "words": "words: no flag",
 }
 
@@ -78,7 +83,7 @@ def test_flags_that_are_not_understood(tmp_path, flags):
     assert result.returncode == 2
     lines = [line for line in result.output.splitlines() if "INFO" not in line]
     assert len(lines) == 1, result.output
-    assert lines[0].startswith(f"kd_ext: error: {WRONG[flags]}"), lines
+    assert f"{lines[0]}\n".startswith(f"kd_ext: error: {WRONG[flags]}"), lines
 
 
 @pytest.mark.parametrize("command", ["fairseq-generate", "fairseq-interactive", "fairseq-validate"])
@@ -147,6 +152,48 @@ def test_what_fairseq_says_of_its_flags_is_one_line(separate, tmp_path, typed):
     begin, end = OF_FAIRSEQ[typed]
     assert result.last_line.startswith(f"kd_ext: error: {begin}")
     assert end in result.last_line
+
+
+NOT_THERE = {  # of the folder of data, with other flags before and behind it
+    "no folder": ("{there}/no", "", "{there}/no: No such file or directory; name the folder"),
+    "no part": ("{there}:{there}/1", "--log-interval 1", "{there}: {there}/1: No such file or directory; name"),
+    "named as another flag's value": ("no", "--wandb-project no", "no: No such file or directory; name the folder"),
+    "an empty folder": ("{there}/empty", "", "no pair of languages is in the names of the data's files; "),
+    "no such language": ("{there}", "-s de -t tgt", "{there}: {there}/dict.de.txt: No such file"),
+    "no such set": ("{there}", "--train-subset trn", "{there}: it has no set 'trn' of these languages; "),
+    "no such set to validate with": (
+        "{there}",
+        "--valid-subset dev",
+        "{there}: it has no set 'dev' of these languages",
+    ),
+    "a folder that is read-only": ("{there}", "--save-dir /proc/sys", "--save-dir /proc/sys: /proc/sys/dummy: "),
+    "no folder of a log": ("{there}", "--log-file no/log", "--log-file no/log: "),
+    "too few positions": (
+        "{there}",
+        "--max-source-positions 1 --max-target-positions 1 --disable-validation",
+        "no sentence of a set is left: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "flags", "begin"), NOT_THERE.values(), ids=NOT_THERE)
+def test_data_that_is_not_there_is_one_line(separate, tmp_path, data, flags, begin):
+    (separate / "empty").mkdir(exist_ok=True)
+    command = [*TRAIN.split(), "--max-tokens", "200", "--arch", "transformer", "--save-dir", tmp_path / "s"]
+    result = run(tmp_path / "log", "fairseq-train", data.format(there=separate), *PLUGIN, *command, *flags.split())
+    assert result.returncode != 0
+    assert "Traceback" not in result.output
+    assert result.last_line.startswith(f"kd_ext: error: {begin.format(there=separate)}")
+
+
+def test_files_by_name_and_value_in_one_word(student, data, tmp_path):
+    (tmp_path / "latin1").write_bytes("dr\xe9i".encode("latin1"))
+    for name, said in (("no", "No such file or directory"), ("latin1", "not in UTF-8 (byte 2: ")):
+        flags = ["--path", student, "--cpu", f"--input={tmp_path}/{name}"]
+        result = run(tmp_path / "log", "fairseq-interactive", data, *PLUGIN, *flags)
+        assert result.last_line.startswith(f"kd_ext: error: --input {tmp_path}/{name}: {said}")
+    result = run(tmp_path / "log", "fairseq-validate", data, *PLUGIN, "--path", student, "--cpu", "--max-tokens", "3")
+    assert result.last_line.startswith("kd_ext: error: --max-tokens 3 (or --max-tokens-valid): a sentence has more")
 
 
 WITHOUT_SACREMOSES = (

@@ -198,3 +198,25 @@ def test_other_errors_are_shown(arguments, tmp_path, overrides, expected):
     assert result.returncode != 0
     assert result.last_line.startswith(expected)
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "said"),
+    [
+        (
+            "task.teacher_checkpoint_path=lr=0.1/t.pt",
+            "task.teacher_checkpoint_path=lr=0.1/t.pt: ",
+            "mismatched input '=' expecting <EOF>",
+        ),
+        ("criterion.kd_rat=1", "", "Could not override 'criterion.kd_rat'."),
+    ],
+)
+def test_what_hydra_has_against_the_command_line(arguments, tmp_path, override, where, said):
+    """Before it loads the plugin; up to Python 3.9 it says so itself, without a traceback."""
+    # which is set where a test before this one has loaded the plugin
+    result = run_as_typed("fairseq-hydra-train", *arguments("batch_level", tmp_path, override), HYDRA_FULL_ERROR="")
+    assert result.returncode != 0
+    assert "Traceback" not in result.output
+    assert said in result.output
+    if sys.version_info >= (3, 10):
+        assert result.last_line.startswith(f"kd_ext: error: {where}{said}")

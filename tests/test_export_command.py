@@ -244,25 +244,25 @@ def test_what_fairseq_cannot_run_is_refused(exportable, tmp_path, export):
 
 
 class Says:
-    """A translator whose words are always likely by so much."""
+    """A translator that says of each sentence what it is given: words, and how likely it finds them."""
 
-    longest_translation = 9
-
-    def __init__(self, score):
-        self._score = score
+    def __init__(self, said, scores, longest=4):
+        self._said, self._scores, self.longest_translation = said, scores, longest
 
     def translate(self, sentences, longest):
-        return [["w1"] for _ in sentences]
+        assert longest == 4
+        return [self._said[int(sentence[0])] for sentence in sentences]
 
     def score(self, sentences, translations):
-        return [[self._score] * 2 for _ in translations]
+        return [[self._scores[int(s[0])]] * len(t) for s, t in zip(sentences, translations)]
 
 
 @pytest.mark.parametrize(("ours", "theirs", "expected"), [(-1.0, -1.5, 0.5), (math.nan, -1.0, math.nan),
                                                           (-1.0, math.nan, math.nan), (-math.inf, -math.inf, 0.0),
                                                           (-1.0, -math.inf, math.inf)])  # fmt: skip
 def test_scores_that_are_no_numbers_do_not_agree(ours, theirs, expected):
-    found = compare(Says(ours), Says(theirs), [["w2"]] * 70, "").score
+    sides = (Says([["w1"]] * 70, [score] * 70) for score in (ours, theirs))
+    found = compare(*sides, [[str(i)] for i in range(70)], "").score
     assert found == pytest.approx(expected, nan_ok=True)
 
 
@@ -304,3 +304,24 @@ def test_bad_usage_is_one_line(arguments, message, exportable, tmp_path, monkeyp
     assert result.last_line.startswith("kd_ext: error: ")
     assert message in result.last_line
     assert os.listdir(tmp_path) == ["log"]
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 69])
+def test_one_word_among_many_sentences(place):
+    """Wherever it is: in the first of several batches, in the last, at their ends."""
+    sentences = [[str(i)] for i in range(70)]
+    same, scores = [["w", "x"] for _ in sentences], [-1.0] * 70
+    others, other_scores = list(same), list(scores)
+    others[place], other_scores[place] = ["w", "y"], -1.25
+    found = compare(Says(same, scores), Says(others, other_scores, longest=9), sentences, "")
+    assert (found.sentences, found.endless, found.differing, found.score) == (70, 0, 1, 0.25)
+    assert found.longest == 4
+
+
+def test_translations_that_end_in_one_alone_differ():
+    long, short = ["w"] * 4, ["w"] * 2
+    pairs = [(long, long), (long, short), (short, long), (short, short), (long, ["x"] * 4)]
+    ours, theirs = zip(*pairs)
+    sentences = [[str(i)] for i in range(len(pairs))]
+    found = compare(*(Says(side, [-1.0] * 5) for side in (ours, theirs)), sentences, "")
+    assert (found.endless, found.differing) == (2, 2)

@@ -137,7 +137,7 @@ def test_output_as_typed(tmp_path, monkeypatch):
     """A slash at the end is for folders, and nothing is not the folder one is in."""
     (tmp_path / "file").write_text("kept")
     monkeypatch.chdir(tmp_path)
-    for typed, reason in (("file/", "no folder"), ("", "with file in it"), ("out/", "nowhere.pt: no such file")):
+    for typed, reason in (("file/", "no folder"), ("", "OUTPUT '': empty"), ("out/", "nowhere.pt: no such file")):
         with pytest.raises(ConfigError, match=reason):
             main(["nowhere.pt", typed, "--format", "ctranslate2"])
     assert os.listdir(tmp_path) == ["file"]

@@ -8,7 +8,7 @@ from tiny_models import batch, both, build, dictionary, logits, parameters
 
 from kd_ext.errors import ConfigError
 from kd_ext.models.output_projection import find_projection
-from kd_ext.modules.factorized_embedding import FactorizedEmbedding
+from kd_ext.modules.factorized_embedding import FactorizedEmbedding, FactorizedProjection
 
 V, D, K = 30, 16, 5
 TIED = {"share_decoder_input_output_embed": True}
@@ -129,3 +129,11 @@ def test_the_loss_by_chunks_is_given_the_factors(ties):
     assert linear.features.shape == (5, K)
     assert linear.weight.shape == (V, K)
     torch.testing.assert_close(linear.logits(), model.decoder.output_layer(features))
+
+
+@pytest.mark.parametrize(("k", "d"), [(8, 512), (64, 256)])
+def test_logits_of_an_untied_projection_have_unit_variance_at_the_start(k, d):
+    """As those of upstream's output layer, of features of unit variance."""
+    torch.manual_seed(1)
+    logits = FactorizedProjection(d, k, 2000)(torch.randn(200, d))
+    assert logits.var().item() == pytest.approx(1, rel=0.2)

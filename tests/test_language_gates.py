@@ -206,3 +206,23 @@ def test_near_the_last_gates_is_as_exact_as_sorting(languages):
         expected, expected_counts = gates._sorted(keys)
         assert torch.equal(counts, expected_counts)
         assert torch.equal(found[counts > 0], expected[counts > 0])
+
+
+def test_gates_of_languages_are_seldom_searched_among_all(monkeypatch):
+    """As test_running_rank.py has it for one queue."""
+    made, search = [], LanguageGates._anew
+
+    def counted(self, *args):
+        made.append(1)
+        return search(self, *args)
+
+    monkeypatch.setattr(LanguageGates, "_anew", counted)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(40_000, generator=generator)
+    language = torch.arange(40_000) % 3
+    gates, asked = LanguageGates(0.5, 3), torch.ones(3, dtype=torch.bool)
+    for _ in range(30):
+        values = values.roll(60)
+        values[:60] = torch.rand(60, generator=generator)
+        gates(pack(values, language), asked)
+    assert len(made) == 1

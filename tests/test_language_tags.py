@@ -214,6 +214,46 @@ PREFIXES = {
     ),
     "one language": ("<2", ["<2hi> w <20 w"] * 9 + ["<20 <20 w"], {"hi": 9, "untagged": 1}),
     "without closing": ("lang:", ["lang:hi w", "lang:pi w"] * 5, {"hi": 5, "pi": 5, "untagged": 0}),
+    # one mark in twenty is missing
+    "nearly all are marked": (
+        "__",
+        ["__bt__ __hi__ w"] * 950 + ["__hi__ w"] * 50 + ["__ta__ w"] * 9,
+        {"hi": 1000, "ta": 9, "untagged": 0},
+    ),
+    # 'x' stands before [1] in three of four sentences: it leads no run, and [1] behind it is a word
+    "a word that is often before one": (
+        "[",
+        ["x [1] w"] * 30 + ["x w w"] * 10 + ["[hi] w"] * 50,
+        {"hi": 50, "untagged": 40},
+    ),
+    "half of its places are those of tags": ("<2", ["<2hi> w"] * 10 + ["w <2hi> w"] * 10, {"hi": 10, "untagged": 10}),
+    "half of its places are not, by one": (
+        "<2",
+        ["<2hi> w"] * 9 + ["w <2ta> w"] * 11 + ["<2ta> w"] * 10,
+        {"hi": 9, "untagged": 21},
+    ),
+    "half of what it leads has a tag of its own": (
+        "__",
+        ["__en__ __hi__ w"] * 10 + ["__hi__ w"] * 10 + ["__en__ w"] * 10,
+        {"en": 20, "hi": 10, "untagged": 0},
+    ),
+    "specials behind the last word": (
+        "[",
+        ["w w [hi] </s>", "w w [ta] </s> </s>"] * 9 + ["w w"] * 9,
+        {"hi": 9, "ta": 9, "untagged": 9},
+    ),
+    # more kinds of ends than of beginnings
+    "numbers first, languages last": (
+        "[",
+        [f"{number}w [{language}]" for language in ("as", "bn", "hi", "ta", "te") for number in ("", "w ", "[1] ")]
+        * 10,
+        {"as": 30, "bn": 30, "hi": 30, "ta": 30, "te": 30, "untagged": 0},
+    ),
+    "more than 255 of them": (
+        "<2",
+        [f"<2l{i}> w" for i in range(600)],
+        {**{f"l{i}": 1 for i in range(600)}, "untagged": 0},
+    ),
     "special symbols": ("<", ["<pad> <2hi> w", "</s> <2ta> w", "<unk> w", "<s>"], {"2hi": 1, "2ta": 1, "untagged": 2}),
 }
 
@@ -273,9 +313,12 @@ BAD = {
     "special": (["--kd-language-tags", "</s>"], ["'</s>' is a special symbol"]),
     "twice": (["--kd-language-tags", "__src__hi,__src__ta,__src__hi"], ["'__src__hi' is there twice"]),
     "empty word": (["--kd-language-tags", "__src__hi,,__src__ta"], ["an empty word", "joined by commas"]),
-    "empty": (["--kd-language-tags", ""], ["--kd-language-tags ", "an empty word"]),
-    "no such file": (["--kd-language-tags", "tags.txt"], ["'tags.txt' is not in the source dictionary"]),
-    "a folder": (["--kd-language-tags", "{folder}"], ["a folder; name a file"]),
+    "empty": (["--kd-language-tags", ""], ["--kd-language-tags '': empty"]),
+    "no such file": (
+        ["--kd-language-tags", "tags.txt"],
+        ["no such file, and 'tags.txt' is not in the source"],
+    ),
+    "a folder": (["--kd-language-tags", "{folder}"], ["--kd-language-tags {folder}: a folder; name a file, or tags"]),
     "both": (["--kd-language-tags", "__src__hi", "--kd-language-tag", "<2"], ["--kd-language-tag <2 as well"]),
     "side": (["--kd-language-side", "both"], ["--kd-language-side both: unknown; one of source, target"]),
     "not on that side": (
@@ -289,7 +332,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_usage(train, teacher, tmp_path, case):
     flags, parts = BAD[case]
-    flags = [flag.format(folder=tmp_path) for flag in flags]
+    flags, parts = ([text.replace("{folder}", str(tmp_path)) for text in texts] for texts in (flags, parts))
     known = [*KD, "--teacher-checkpoint-path", teacher, *strategy_flags("global_language_wise")]
     assert_refused(train(tmp_path / "run", *known, *flags), tmp_path / "run", *parts)
 

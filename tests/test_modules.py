@@ -5,7 +5,9 @@ import pytest
 import torch
 from kd_oracle import softmax
 from torch import nn
+from torch.nn import functional as F
 
+from kd_ext.modules.chunked_logits import LinearLogits
 from kd_ext.modules.distillation_loss import distillation_term, label_smoothed_nll
 from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
@@ -76,3 +78,24 @@ def test_teacher_takes_the_students_dtype():
     models = [Linear(), Linear()]
     Teacher(models).place(torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for m in models for p in m.parameters()} == {torch.bfloat16}
+
+
+class Features(nn.Module):
+    def forward(self, features, features_only):
+        return features, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teachers_softmax_is_of_float32(dtype):
+    """In the plain formulation, with a teacher that gives features: nothing but its logits is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 8, generator=generator).to(dtype)
+    weights = [torch.randn(300, 8, generator=generator).to(dtype) for _ in range(2)]
+    projections = [lambda x, weight=weight: LinearLogits(x, weight) for weight in weights]
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    sample = {"net_input": {"features": features}}
+    found = Teacher([Features(), Features()], projections).probs(sample, Positions(mask), 2.0)
+    logits = [F.linear(features.flatten(0, 1), weight).double() for weight in weights]
+    expected = sum((x / 2.0).softmax(1) for x in logits) / 2
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)

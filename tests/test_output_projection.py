@@ -261,3 +261,33 @@ def test_the_log_says_once_which_formulation_is_used_and_why(caplog):
         run.forward(batch)
     (message,) = [r.getMessage() for r in caplog.records if "plain formulation" in r.getMessage()]
     assert "the forward of GivenLogits has no features_only" in message
+
+
+@pytest.mark.parametrize("of_decoder", [False, True])
+def test_the_function_behind_the_probabilities(task, of_decoder):
+    """fairseq's get_normalized_probs calls get_normalized_probs_scriptable, of the model and of its decoder."""
+    model = transformer(task)
+    changed = model.decoder if of_decoder else model
+
+    def theirs(self, net_output, log_probs, sample=None):
+        probs = super(kind, self).get_normalized_probs_scriptable(net_output, log_probs, sample)
+        return probs * 2
+
+    kind = type("Theirs", (type(changed),), {"get_normalized_probs_scriptable": theirs})
+    changed.__class__ = kind
+    with pytest.raises(NoProjectionError, match="Theirs has a get_normalized_probs_scriptable of its own"):
+        find_projection(model)
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+                 "register_full_backward_pre_hook"]
+)  # fmt: skip
+def test_hooks_of_every_kind(task, register):
+    model = transformer(task)
+    find_projection(model)
+    if not hasattr(model.decoder.output_projection, register):
+        pytest.skip("torch < 2.0")
+    getattr(model.decoder.output_projection, register)(lambda *_: None)
+    with pytest.raises(NoProjectionError, match="its output projection has hooks"):
+        find_projection(model)

@@ -14,7 +14,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # has to be there before the kernel is imp
 from test_chunked_loss import SELECTIONS, WEIGHTS, check, make, plain
 
 from kd_ext.modules import chunked_logits, chunked_loss
+from kd_ext.modules.chunked_logits import GivenLogits
 from kd_ext.modules.chunked_loss import Weights
+from kd_ext.modules.parted_logits import PartedLogits
 from kd_ext.modules.top_probs import top_probs
 
 triton = pytest.importorskip("triton")
@@ -152,3 +154,28 @@ def test_compiles_for_a_gpu(gradient, options):
     command = [sys.executable, "-c", COMPILING, gradient, *options]
     done = subprocess.run(command, stdout=-1, stderr=-2, text=True, env=environment)
     assert "compiled" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_parts_of_one_teacher_and_of_several(runs, sizes, temperature):
+    """The kernel takes logits: where a part is an ensemble, whose chunk is probabilities, another way is gone."""
+    student, target, selected, models = make(torch.float32, teachers=("linear", "bias", "given"), selection="all")
+    groups = [models[: sizes[0]], models[sizes[0] : sum(sizes)]]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(23, generator=generator)
+    of_parts = order.split([10, 13])
+    probs = torch.empty(23, 37)
+    for tokens, group in zip(of_parts, groups):
+        of_each = [(model.logits()[tokens] / temperature).softmax(1) for model in group]
+        probs[tokens] = sum(of_each) / len(of_each)
+    parted = PartedLogits([[m.of(at) for m in group] for at, group in zip(of_parts, groups)], [10, 13], order)
+    weights = Weights(0.7, 0.3, 0.1, temperature)
+    expected, _, term, _ = plain(student, target, selected, [GivenLogits(probs.log() * temperature)], weights)
+    result = chunked_loss.chunked_loss(student, target, selected, parted, weights, rows=4)
+    torch.testing.assert_close(result.loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.kl, term.kl, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(result.loss, student)
+    for gradient, reference in zip(found, torch.autograd.grad(expected, student)):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+    assert bool(runs) == (sizes == (1, 1))

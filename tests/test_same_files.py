@@ -56,8 +56,9 @@ def test_a_checkpoint_to_begin_from(train_on_two, with_teacher, teacher, flag, t
 
 
 def test_another_teacher(train_on_two, with_teacher, teacher, student, tmp_path):
-    own = [[], ["--teacher-checkpoint-path", student]]
-    for path, result in zip((teacher, student), train_on_two(*with_teacher, "--max-update", 3, own=own)):
+    *others, flag, _ = with_teacher
+    own = [[flag, teacher], [flag, student]]
+    for path, result in zip((teacher, student), train_on_two(*others, "--max-update", 3, own=own)):
         assert_refused(
             result, tmp_path, f"--teacher-checkpoint-path {path}: ", "worker 1: teacher ", "the same teacher"
         )

@@ -1,7 +1,9 @@
 """A checkpoint's weights under other settings than their own: refused where they would compute something else."""
 
+import random
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from commands import run
@@ -11,6 +13,7 @@ from tiny_models import adapters, batch, both, build_from, dictionary, logits, s
 
 from kd_ext.errors import ConfigError
 from kd_ext.models.same_function import Probe, check_same_function
+from kd_ext.modules.random_state import random_state_kept
 
 
 class Task:
@@ -180,3 +183,37 @@ def test_another_class_of_models(data, tmp_path):
     assert result.returncode != 0
     assert result.last_line.startswith("kd_ext: error: --decoder-attention 0: ")
     assert run(tmp_path / "log", "fairseq-train", *flags, 2, *sizes, "--encoder-dropout-in", 0.3).returncode == 0
+
+
+@pytest.mark.parametrize("kept", ["0,2", "1"])
+def test_layers_to_keep(kept):
+    """A flag that asks for another function; what else differs is refused as ever. (Of both sides: of one alone
+    fairseq 0.12.2 loses the layers of the other.)"""
+    saved = settings("transformer", layers=3)
+    src, prev = batch()
+    inputs = {"src_tokens": src, "src_lengths": src.ne(1).sum(1), "prev_output_tokens": prev}
+    probe = Probe(Task(), build_from(settings("transformer", layers=3)).state_dict(), inputs)
+    pruned = both(layers_to_keep=kept)
+    check_same_function("base.pt", saved, settings("transformer", layers=3, **pruned), False, probe)
+    with pytest.raises(ConfigError, match=r"^--activation-fn gelu: "):
+        check_same_function("base.pt", saved, settings("transformer", layers=3, **pruned, **GELU), False, probe)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_random_numbers_go_on_as_if_nothing_had_been(fails):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    expected = draw()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    try:
+        with random_state_kept():
+            draw()
+            if fails:
+                raise ValueError
+    except ValueError:
+        pass
+    assert draw() == expected

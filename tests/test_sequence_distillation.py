@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sacrebleu
@@ -23,9 +24,13 @@ from test_teacher import USER_MODULE
 from test_torch_compile import HAS_COMPILER
 
 from kd_ext.errors import ConfigError
+from kd_ext.modules.chunked_logits import LinearLogits
+from kd_ext.modules.teacher import Teacher
 from kd_ext.sequences import flags as command_line
+from kd_ext.sequences import reverse_scores
 from kd_ext.sequences.binarized import write_side
 from kd_ext.sequences.choosing import Hypothesis, choose, failure_of, has_loop
+from kd_ext.sequences.reverse_scores import ReverseScores
 
 COMMAND = "kd_ext.sequence_distillation"
 FLAGS = ["--beam", "4", "--max-len-b", "12", "--max-tokens", "120", "--cpu"]
@@ -314,10 +319,11 @@ def test_parts(data, teacher, student, tmp_path):
     for flags, part in {
         ("--lenpen", "0.5"): "--lenpen 1.0, and this is 0.5",
         ("--min-score=-9",): "--min-score None, and this is -9.0",
-        ("--path", student): "teacher",
     }.items():
         message = refused(f"{data}:{second}", teacher, tmp_path / "out", *flags)
         assert f"{tmp_path}/out/0: was made with {part}" in message
+    message = refused(f"{data}:{second}", student, tmp_path / "out")
+    assert f"{tmp_path}/out/0: was made with teacher" in message
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0"]
     made_of(f"{data}:{second}", teacher, tmp_path / "out")  # goes on
     assert contents(tmp_path / "out" / "1") == made
@@ -490,6 +496,7 @@ def test_bad_usage(data, teacher, tmp_path):
         assert all(part in message for part in parts), message
     assert "--path no.pt" in refused(data, "no.pt", out)
     assert not out.exists()
+    assert not (tmp_path / "out.part").exists()
 
 
 def test_flags_that_would_do_nothing(data, teacher, tmp_path):
@@ -640,6 +647,15 @@ def test_a_teacher_of_other_words(data, tmp_path, train):
     assert "dictionary differs" in message
 
 
+@pytest.mark.parametrize(("language", "side"), [("src", "source"), ("tgt", "target")])
+def test_data_of_another_dictionary(data, teacher, tmp_path, language, side):
+    shutil.copytree(data, tmp_path / "bin")
+    lines = (data / f"dict.{language}.txt").read_text().splitlines()
+    (tmp_path / f"bin/dict.{language}.txt").write_text("\n".join(lines[:20]) + "\n")
+    message = refused(tmp_path / "bin", teacher, tmp_path / "out")
+    assert f"{tmp_path}/bin: the {side} of its train set was binarized with another dictionary" in message
+
+
 def test_other_flags_than_it_was_begun_with(data, teacher, tmp_path):
     command = Forked(tmp_path / "log", COMMAND, data, "--path", teacher, "--destdir", tmp_path / "out", *FLAGS)
     work = tmp_path / "out.part"
@@ -766,3 +782,61 @@ def test_precision_and_compiled_layers(best, data, teacher, tmp_path, flag):
     ]
     assert len(scores[0]) == len(scores[1])
     assert (scores[0] == scores[1]) == (flag == "--torch-compile")
+
+
+@pytest.mark.parametrize(("words", "kind"), [(3, ""), (4, "ratio")])
+def test_of_a_source_without_words(words, kind):
+    """Its length counts as one."""
+    assert failure_of(Hypothesis([4, 5, 6, 4, 5, 6][:words], 0.0, False), 0, 3.0, 9) == kind
+
+
+class ByPreviousWord(torch.nn.Module):
+    """Of features whose logits depend on the previous word and on how many words were asked."""
+
+    def __init__(self, seed, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(20, 6, generator=generator).to(dtype)
+        self.weight = (torch.randn(20, 6, generator=generator) * 2).to(dtype)
+
+    def max_positions(self):
+        return 50, 40
+
+    def forward(self, src_tokens, src_lengths, prev_output_tokens, features_only):
+        return self.table[prev_output_tokens] * src_lengths[:, None, None].to(self.table.dtype) / 8, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("rows", [4, 256])
+def test_reverse_scores(monkeypatch, dtype, count, rows):
+    """Word by word in float64, of one model or of the mean of several; the logits alone are in half precision."""
+    monkeypatch.setattr(reverse_scores, "_ROWS", rows)
+    words = Dictionary()
+    models = [ByPreviousWord(seed, dtype) for seed in range(count)]
+    projections = [lambda x, m=m: LinearLogits(x, m.weight) for m in models]
+    scores = ReverseScores(Teacher(models, projections), words, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(9)
+    translations, sources = (
+        [torch.randint(4, 20, (n,), generator=generator).tolist() for n in lengths]
+        for lengths in ((7, 5, 3), (2, 9, 4))
+    )
+    found = scores(translations, sources)
+    for value, asked, source in zip(found, translations, sources):
+        total, previous = 0.0, words.eos()
+        for word in [*source, words.eos()]:
+            logits = [(m.table[previous] * (len(asked) + 1) / 8) @ m.weight.t() for m in models]
+            total += math.log(sum(x.double().softmax(0)[word].item() for x in logits) / count)
+            previous = word
+        assert value == pytest.approx(total / (len(source) + 1) / math.log(2), rel=2e-5)
+
+
+def test_what_is_too_long_for_a_model_and_what_its_task_puts_in():
+    teacher = SimpleNamespace(
+        models=[SimpleNamespace(max_positions=lambda: (9, 8)), SimpleNamespace(max_positions=lambda: (7, 10))],
+        formats=[None, SimpleNamespace(added=(2, 1))],
+    )
+    scores = ReverseScores(teacher, Dictionary(), torch.device("cpu"))
+    # of 7 and 8 positions, less 2 and 1 for tokens of languages, and one for eos
+    for translation, source, takes in ((4, 6, True), (5, 6, False), (4, 7, False)):
+        assert scores.takes([4] * translation, [4] * source) == takes

@@ -1,10 +1,14 @@
 """The task's own state: when queues are committed, saved and restored."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from fairseq.logging import metrics
 from fairseq.optim.amp_optimizer import AMPOptimizer
-from stubs import Run, random_batch
+from kd_oracle import Oracle
+from stubs import GivenFeatures, GivenLogits, Run, random_batch, to_sample
 
 BATCH = random_batch(np.random.default_rng(0), ["hi", "ta"])
 
@@ -111,3 +115,54 @@ def test_a_sentence_without_a_tag_is_said_once(caplog):
     for _ in range(3):
         run.forward(random_batch(np.random.default_rng(1), ["hi", None]))
     assert sum("without a language tag" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("kind", [GivenLogits, GivenFeatures])
+@pytest.mark.parametrize("by_sentence", [False, True])
+def test_what_the_loss_is_divided_by(monkeypatch, kind, by_sentence):
+    """As upstream: the sentences with --sentence-avg, else all target tokens, those of an ignored prefix, too."""
+    monkeypatch.setattr(Run, "student_kind", kind)
+    run = Run("word_seq_level", prefix=1)
+    run.criterion.sentence_avg = by_sentence
+    batch = random_batch(np.random.default_rng(1), ["hi", "ta", "bn"])
+    tokens = sum(len(targets) for _, targets, _, _ in batch)
+    run.set_logits(batch, extra=2)
+    _, size, logged = run.criterion(run.student, to_sample(run.words, batch, extra=2))
+    assert size == logged["sample_size"] == (3 if by_sentence else tokens)
+    assert (logged["nsentences"], logged["ntokens"]) == (3, tokens)
+
+
+@pytest.mark.parametrize("strategy", ["word_level", "batch_level"])
+def test_what_is_logged_of_two_updates_of_two_workers(strategy):
+    """Each a mean over what it is of, in bits: as of all tokens at once."""
+    flags = {"batch_level": {"kd_rate": 0.4}}.get(strategy, {})
+    oracle = Oracle(strategy, **({"rate": 0.4} if flags else {}))
+    run, rng = Run(strategy, **flags), np.random.default_rng(2)
+    sums, gates = {"kd": 0.0, "kl": 0.0, "selected": 0, "tokens": 0}, []
+    with metrics.aggregate(new_root=True) as found:
+        for languages in (["hi"], ["hi", "ta"] * 8):
+            logs = []
+            for _ in range(2):
+                batch = random_batch(rng, languages)
+                logs.append(run.forward(batch)[1])
+                gates.append(oracle.gates([batch])[0]("hi"))
+                (expected,) = oracle.step([batch])
+                expected["selected"] = len(expected["selected"])
+                sums = {name: sums[name] + expected[name] for name in sums}
+            run.criterion.reduce_metrics(logs)
+        values = found.get_smoothed_values()
+    assert values["kd_loss"] == pytest.approx(sums["kd"] / sums["selected"] / math.log(2), abs=2e-3)
+    assert values["kd_kl"] == pytest.approx(sums["kl"] / sums["selected"] / math.log(2), abs=2e-3)
+    assert values["kd_selected"] == pytest.approx(sums["selected"] / sums["tokens"], abs=2e-3)
+    if strategy == "batch_level":
+        assert values["kd_gate"] == pytest.approx(sum(gates) / 4 / math.log(2), abs=2e-3)
+
+
+@pytest.mark.parametrize(("prefix", "times"), [(1, 0), (60, 1)])
+def test_a_prefix_longer_than_every_sentence_is_said_once(prefix, times, caplog):
+    run = Run("word_seq_level", prefix=prefix)
+    for seed in range(3):
+        run.forward(random_batch(np.random.default_rng(seed), ["hi", "ta"]))
+    said = [record.getMessage() for record in caplog.records if "no token of a batch is left" in record.getMessage()]
+    assert len(said) == times
+    assert all(text.startswith("--ignore-prefix-size 60: ") for text in said)

@@ -69,6 +69,22 @@ def test_a_damaged_dictionary_beside_it(content, student_task, teacher, data, tm
     assert str(refused.value).startswith(f"--teacher-checkpoint-path {path}: its {tmp_path}/dict.tgt.txt: damaged, or")
 
 
+def test_several_that_are_joined_otherwise(teacher, tmp_path):
+    (tmp_path / "x:y").mkdir()
+    for name in ("a.pt", "b.pt", "x:y/a.pt"):
+        shutil.copy(teacher, tmp_path / name)
+    a, b, colon = (f"{tmp_path}/{name}" for name in ("a.pt", "b.pt", "x:y/a.pt"))
+    for path, said in (
+        (f"{a},{b}", f"no such file; ':' joins several: {a}:{b}"),
+        (f"{a} {b}", f"no such file; ':' joins several: {a}:{b}"),
+        (f"{a},{b}x", "no such file; name the checkpoint"),
+        (colon, "a file with a ':' in its path, and ':' joins several"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            identify_teacher(Source(path), None)
+        assert str(refused.value).startswith(f"--teacher-checkpoint-path {path}: {said}")
+
+
 def test_without_the_dead_encoder_parameters(student_task, teacher, tmp_path):
     """As upstream's git main writes checkpoints."""
     state = load(teacher)

@@ -19,6 +19,7 @@ from kd_ext.modules.parted_logits import PartedLogits
 from kd_ext.modules.positions import Positions
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.top_probs import top_probs
+from kd_ext.teachers.assignment import Assignment
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 
 PAD = 1
@@ -175,3 +176,16 @@ def test_one_teacher_at_a_time(kinds):
         several.output(sample, Positions(sample["target"].ne(PAD)))
         assert len(several._loaded) == 1
     assert loaded == [0, 1, 2, 0, 1, 2]
+
+
+def test_what_tells_assigned_teachers_from_others():
+    found = Assignment(["a.pt", "b.pt"], [0, 1, 1], [("hi", 0)], 1)
+    same = found.identity("source __src__*", ["A", "B"])
+    assert same == found.identity("source __src__*", ["A", "B"])
+    others = [
+        found.identity("source __tgt__*", ["A", "B"]),  # other tags
+        found.identity("source __src__*", ["B", "A"]),
+        found._replace(named=[("ta", 0)]).identity("source __src__*", ["A", "B"]),
+        found._replace(rest=None).identity("source __src__*", ["A", "B"]),
+    ]
+    assert len({same, *others}) == 5

@@ -1,5 +1,6 @@
 """Two workers: the selection against an oracle that is fed both batches, and whole runs against one process."""
 
+import copy
 import multiprocessing
 import re
 import subprocess
@@ -47,6 +48,16 @@ def worker(rank, strategy, store, results):
     torch.distributed.barrier()
 
 
+def check_pools(logged, batches, rank, gate):
+    """Each worker logs its own tokens, and the gates of all."""
+    there = {language for batch in batches for language, *_ in batch}
+    for name in LANGUAGES:
+        own = sum(len(targets) for language, targets, _, _ in batches[rank] if language == name)
+        assert logged[f"kd_tokens_{name}"] == own
+        assert logged[f"kd_gates_{name}"] == (name in there)
+        assert logged[f"kd_gate_{name}"] == pytest.approx(gate(name) if name in there else 0.0, rel=1e-5)
+
+
 @pytest.mark.parametrize("strategy", FLAGS)
 def test_every_worker_has_the_same_queue(strategy, tmp_path):
     context = multiprocessing.get_context("spawn")
@@ -64,6 +75,7 @@ def test_every_worker_has_the_same_queue(strategy, tmp_path):
     oracle = Oracle(name, rate=0.4, queue_size=FLAGS[strategy]["kd_queue_size"], window=window)
     for step in range(6):
         batches = batches_of(step)
+        gate = copy.deepcopy(oracle).gates(batches)[0]  # which pushes, as a step does
         expected = oracle.step(batches)
         for rank in range(WORKERS):
             loss, logged, queues = outcomes[rank][step]
@@ -73,6 +85,8 @@ def test_every_worker_has_the_same_queue(strategy, tmp_path):
             assert logged["kd_selected"] == len(expected[rank]["selected"])
             if batches[rank]:
                 assert loss == pytest.approx(expected[rank]["loss"], rel=1e-5)
+            if strategy != "global_level":
+                check_pools(logged, batches, rank, gate)
             if strategy == "shared":
                 languages, expected_queue = zip(*oracle.queues["shared"])
                 assert [LANGUAGES[i] for i in queues["languages"]] == list(languages)

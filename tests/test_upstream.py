@@ -164,6 +164,30 @@ class AnyTrainer:
         return SimpleNamespace(epoch=1)
 
 
+def test_commands_without_docstrings():
+    """As ``python -OO`` runs them."""
+    names = "adapters", "doctor", "export", "recipes", "sequence_distillation", "teacher_cache", "teacher_dictionary"
+    code = (
+        "import runpy, sys\n"
+        f"for name in {names}:\n"
+        "    sys.argv = ['x', '--help']\n"
+        "    try: runpy.run_module(f'kd_ext.{name}', run_name='__main__')\n"
+        "    except SystemExit as end: print(end.code, name, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert [line for line in done.stderr.splitlines() if line[:2] == "0 "] == [f"0 {name}" for name in names]
+
+
+def test_what_was_stopped_is_not_taken_for_what_was_mended_before():
+    code = (
+        "import kd_ext\ntry:\n    raise kd_ext.errors.ConfigError('x')\nexcept ValueError:\n    raise KeyboardInterrupt"
+    )
+    status, output = python(code)
+    assert status != 0
+    assert output.endswith("KeyboardInterrupt\n")
+    assert "kd_ext: error" not in output
+
+
 @pytest.mark.parametrize("make", [MagicMock, AnyTrainer])
 def test_any_trainer_will_do_that_does_for_fairseq(make):
     """A mock has every option and every number, and compares with none."""

@@ -185,7 +185,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         self.teacher = task.load_teacher(kd_temperature) if self.distilled_weight > 0 else None
         self._teacher_dtype = task.teacher_dtype
         task.selector = self.selector
-        self._said: Set[str] = set()  # why a student has no projection
+        self._said: Set[str] = set()  # why a student has no projection, and the like: each once
         self._watch = ShareWatch(kd_rate, pools) if kind.needs_queue else None
         logger.info(
             "--kd-strategy %s: loss = %g label-smoothed + %g distillation; rate %s, queue %s%s, temperature %g",
@@ -209,6 +209,7 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
         """
         if not model.training:
             return super().forward(model, sample, reduce)
+        self._say_if_all_is_ignored(sample["target"].size(1))
         projection = self._find_projection(model)
         if self.distilled_weight == 0 and projection is None:
             return super().forward(model, sample, reduce)
@@ -240,6 +241,16 @@ class LabelSmoothedCrossEntropyWithKD(LabelSmoothedCrossEntropyCriterion):
             logging_output["n_correct"] = terms.correct.sum()
             logging_output["total"] = batch.count
         return terms.loss, sample_size, logging_output
+
+    def _say_if_all_is_ignored(self, width: int) -> None:
+        """Of the first batch of targets, as wide as that, that trains nothing."""
+        if width <= self.ignore_prefix_size and "ignored" not in self._said:
+            self._said.add("ignored")
+            logger.warning(
+                "--ignore-prefix-size %d: no token of a batch is left, its longest target has %d with eos; nothing is "
+                "learned from such a batch, give a smaller number",
+                *(self.ignore_prefix_size, width),
+            )
 
     def _say_if_far(self, shares: Dict[str, float]) -> None:
         """Of each pool once: what was selected is far from ``--kd-rate``, and what would help."""

@@ -130,6 +130,7 @@ def _task(
     folders = [data] if data is not None else [beside, utils.split_paths(saved.data or "")[0]]
     there = list(filter(os.path.isdir, folders))
     pairs = _languages(saved, languages, recorded, there)
+    found: List[TranslationTask] = []
     for folder, pair in itertools.product(there, pairs):
         paths = [os.path.join(folder, f"dict.{language}.txt") for language in pair]
         if all(map(os.path.isfile, paths)):
@@ -140,7 +141,12 @@ def _task(
                 cfg[key] = saved.get(key) or cfg[key]
             cfg.data, (cfg.source_lang, cfg.target_lang) = folder, pair
             # not by its setup, to which a colon in the folder's name parts two folders
-            return TranslationTask(cfg, *map(load_dictionary, paths))
+            task = TranslationTask(cfg, *map(load_dictionary, paths))
+            if trained_with.has_words(recorded, task.source_dictionary.symbols, task.target_dictionary.symbols):
+                return task
+            found.append(task)
+    if found:
+        return found[0]  # another project's, say, of which that is said
     where = " or ".join(filter(None, folders))
     if not pairs and any(name.startswith("dict.") for folder in there for name in os.listdir(folder)):
         raise ConfigError(

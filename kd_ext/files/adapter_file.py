@@ -5,7 +5,7 @@ import re
 from typing import Any, Dict, List, NoReturn, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.base_settings import without_implied
@@ -131,7 +131,7 @@ def check_fits(path: str, file: Dict[str, Any], model: Dict[str, Tensor], base_s
         if factor > width:
             _refuse(path, f"its setting {side}_adapter_reduction_factor is {factor}, and the base is {width} wide")
         gated = settings[f"{side}_adapter_use_gating"] == "True"
-        adapter = Adapter(width, width // factor, settings["adapter_activation_fn"], 0.0, gated)
+        adapter = Adapter(width, width // factor, settings["adapter_activation_fn"], nn.Identity(), gated)
         for depth in range(_depths(side, model, base_settings)):
             start = f"{side}.layers.{depth}.adapters.{file['id']}."
             expected.update({start + name: tensor.shape for name, tensor in adapter.state_dict().items()})

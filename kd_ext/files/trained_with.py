@@ -1,7 +1,7 @@
 """What of a run's surroundings must not change in mid-training: a record of it, which goes into every checkpoint."""
 
 import logging
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationTask
@@ -69,6 +69,12 @@ def check_same(saved: Dict[str, str], now: Dict[str, str], cfg) -> None:
             "--finetune-from-model CHECKPOINT and another --save-dir, or --reset-optimizer"
         )
     check_words(saved, now, cfg.data)
+
+
+def has_words(saved: Dict[str, str], source: Sequence[str], target: Sequence[str]) -> bool:
+    """Whether the words of two dictionaries are those that a checkpoint was trained with; also if it has no record."""
+    now = {SOURCE: dictionary_fingerprint(source), TARGET: dictionary_fingerprint(target)}
+    return not any(_differs(saved, now, side) for side in now)
 
 
 def check_words(saved: Dict[str, str], now: Dict[str, str], data: str, checkpoint: str = "the checkpoint") -> None:

@@ -120,7 +120,7 @@ def _refused(path: str, refusal: OSError) -> ConfigError:
 
 
 def _refusal(error: Optional[BaseException]) -> Optional[OSError]:
-    """What the system said: torch answers a write that fails with an error of its own."""
-    while error is not None and not isinstance(error, OSError):
+    """What the system said: torch answers a write that fails with a RuntimeError of its own."""
+    while isinstance(error, RuntimeError):
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, OSError) else None

@@ -3,6 +3,7 @@
 from typing import Optional
 
 from fairseq.distributed import fsdp_wrap
+from fairseq.modules import FairseqDropout
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 
 from kd_ext.models.extension_flags import AdapterSettings
@@ -15,10 +16,12 @@ def build_adapters(settings: Optional[AdapterSettings], width: int, dropout: flo
     if settings is None:
         return None
     bottleneck = width // settings.reduction_factor
-    adapters = [
-        (name, Adapter(width, bottleneck, settings.activation, dropout, settings.gated)) for name in settings.ids
-    ]
-    return AdapterSet(adapters, settings.active)
+
+    def build() -> Adapter:
+        dropped = FairseqDropout(dropout, module_name=Adapter.__name__)  # which --retain-dropout finds
+        return Adapter(width, bottleneck, settings.activation, dropped, settings.gated)
+
+    return AdapterSet([(name, build()) for name in settings.ids], settings.active)
 
 
 def wrap_plain(layer, cfg):

@@ -32,18 +32,18 @@ class Adapter(nn.Module):
         dim: d, the model's width
         bottleneck_dim: h, the width between the projections
         activation: a key of :data:`ACTIVATIONS`
-        dropout: probability of dropping an element of what is added to the residual
+        dropout: drops elements of what is added to the residual
         gated: multiply what is added by a number in (0, 1) that each token computes from itself
     """
 
-    def __init__(self, dim: int, bottleneck_dim: int, activation: str, dropout: float, gated: bool) -> None:
+    def __init__(self, dim: int, bottleneck_dim: int, activation: str, dropout: nn.Module, gated: bool) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(dim)
         self.down = nn.Linear(dim, bottleneck_dim)
         self.activation = ACTIVATIONS[activation]
         self.up = nn.Linear(bottleneck_dim, dim)
         self.gate = nn.Linear(dim, 1) if gated else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)

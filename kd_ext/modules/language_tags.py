@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WORD, _SPECIAL, _LEADING = 0, 1, 2
+from kd_ext.modules.tag_places import LEADING, SPECIAL, WORD
 
 
 class LanguageTags:
@@ -38,10 +38,10 @@ class LanguageTags:
         self.pools = [*tags.values(), untagged]
         languages = torch.full((vocabulary,), -1)  # vocabulary id -> pool, -1 for other words
         languages[list(tags)] = torch.arange(len(tags))
-        kinds = torch.full((vocabulary,), _WORD, dtype=torch.uint8)
+        kinds = torch.full((vocabulary,), WORD, dtype=torch.uint8)
         if leading is not None:
-            kinds[list(leading)] = _LEADING
-        kinds[list(specials)] = _SPECIAL
+            kinds[list(leading)] = LEADING
+        kinds[list(specials)] = SPECIAL
         self._is_anywhere = leading is None
         self._tables: Dict[torch.device, Tuple[Tensor, Tensor]] = {languages.device: (languages, kinds)}
 
@@ -71,9 +71,9 @@ class LanguageTags:
         is_tag = found >= 0
         if not self._is_anywhere:
             of_words = kinds[tokens]
-            is_tag = is_tag & (of_words != _WORD).long().cumprod(1).bool()
+            is_tag = is_tag & (of_words != WORD).long().cumprod(1).bool()
             # the last word: argmax gives the first of equals
-            is_last = torch.zeros_like(is_tag).scatter_(1, _last(of_words != _SPECIAL), True)
+            is_last = torch.zeros_like(is_tag).scatter_(1, _last(of_words != SPECIAL), True)
             is_tag = is_tag | (is_last & ~is_tag.any(1, keepdim=True))
         language = found.gather(1, is_tag.long().argmax(1, keepdim=True)).squeeze(1)
         return torch.where(is_tag.any(1) & (language >= 0), language, torch.full_like(language, len(self)))

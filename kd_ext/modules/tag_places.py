@@ -19,7 +19,7 @@ _MOST = 0.5
 _BEFORE_CANDIDATES = 0.9
 # how often a run must be found by itself, for each time that something stands before it
 _BY_ITSELF = 0.01
-_WORD, _SPECIAL, _LEADING = 0, 1, 2
+WORD, SPECIAL, LEADING = 0, 1, 2  # kinds of words
 
 # the candidates that lead a sentence, and the one that ends it (0: none)
 Place = Tuple[Tuple[int, ...], int]
@@ -57,9 +57,9 @@ class TagPlaces:
         self._candidates = np.array(sorted(candidates), dtype=np.int64)
         self._numbers = np.zeros(vocabulary, dtype=np.int64)  # of candidates, from 1; 0: none
         self._numbers[self._candidates] = np.arange(1, 1 + len(self._candidates))
-        self._kinds = np.full(vocabulary, _WORD, dtype=np.int8)
-        self._kinds[self._candidates] = _LEADING
-        self._kinds[list(specials)] = _SPECIAL
+        self._kinds = np.full(vocabulary, WORD, dtype=np.int8)
+        self._kinds[self._candidates] = LEADING
+        self._kinds[list(specials)] = SPECIAL
         self._occurrences = np.zeros(vocabulary, dtype=np.int64)
         self._before = np.zeros(vocabulary, dtype=np.int64)
         self._places: Counts[Place] = Counter()
@@ -76,20 +76,20 @@ class TagPlaces:
     @property
     def leading(self) -> Set[int]:
         goes_on = (self._before > 0) & (self._before >= _BEFORE_CANDIDATES * self._occurrences)
-        return {*self._candidates.tolist(), *np.flatnonzero(goes_on & (self._kinds == _WORD)).tolist()}
+        return {*self._candidates.tolist(), *np.flatnonzero(goes_on & (self._kinds == WORD)).tolist()}
 
     def count(self, sentences: Sentences) -> None:
         """Count the runs of candidates that lead sentences, and what ends them."""
         kinds = self._kinds.copy()
-        kinds[list(self.leading)] = _LEADING
+        kinds[list(self.leading)] = LEADING
         head, is_there = _beginnings(sentences)
-        is_run = np.cumprod((kinds[head] != _WORD) & is_there, axis=1).astype(bool)
+        is_run = np.cumprod((kinds[head] != WORD) & is_there, axis=1).astype(bool)
         numbers = self._numbers[head] * is_run  # n x HEAD
         in_run = np.argsort(numbers == 0, axis=1, kind="stable")[:, :_KEPT]
         lead = np.take_along_axis(numbers, in_run, axis=1)
 
         tail, is_there = _ends(sentences)
-        last = ((kinds[tail] != _SPECIAL) & is_there).argmax(1)
+        last = ((kinds[tail] != SPECIAL) & is_there).argmax(1)
         rows = np.arange(len(last))
         ends = self._numbers[tail[rows, last]] * is_there[rows, last]
         place = sentences.sizes - 1 - last

@@ -8,6 +8,7 @@ from fairseq import options as fairseq_options
 from fairseq.data import data_utils
 
 from kd_ext.errors import ConfigError
+from kd_ext.parsing import check_path, warn_of_repeated
 from kd_ext.sequences.choosing import CHOICES, CLOSENESS
 from kd_ext.teachers.assignment import is_by_language
 from kd_ext.upstream import torch_compile
@@ -113,11 +114,13 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--teacher-user-dir", metavar="DIR", help="as for fairseq-train")
     parser.add_argument("--teacher-ema", action="store_true", help="as for fairseq-train")
     list_alone(parser, [f"--{name}" for name in _OWN])
+    warn_of_repeated(arguments)
     args = fairseq_options.parse_args_and_arch(parser, list(arguments))
     check_used(parser.parse_args(list(arguments)), parser)  # as given: fairseq sets some flags by others
     for flag, meaning in (("path", "the teacher"), ("destdir", "the folder to make")):
         if not getattr(args, flag):
             raise ConfigError(f"--{flag} is missing: {meaning}")
+    check_path("--destdir", args.destdir)
     args.destdir = args.destdir.rstrip(os.sep) or os.sep
     unfold(args, ("bf16", torch_compile.OPTION))
     _check(args)

@@ -114,7 +114,7 @@ class Result:
                 os.unlink(os.path.join(folder, name))
         os.makedirs(folder, exist_ok=True)
         try:
-            copy_rest(work.folder, folder, work.source, work.target, work.options.subset)
+            copy_rest(work.task, work.folder, folder, work.options.subset)
             prefix = os.path.join(folder, f"{work.options.subset}.{work.source}-{work.target}")
             write_side(f"{prefix}.{work.source}", self._sources(), work.task.source_dictionary)
             write_side(f"{prefix}.{work.target}", self._targets(), work.task.target_dictionary)

@@ -17,11 +17,12 @@ from kd_ext.sequences.blame import REVERSE, TEACHER, blamed
 from kd_ext.sequences.choosing import Hypothesis, Taken, choose, failure_of, sentence_metric
 from kd_ext.sequences.decoding import Decoder
 from kd_ext.sequences.reverse_scores import ReverseScores
-from kd_ext.teachers.assignment import Assignment, is_by_language, read_assignment
+from kd_ext.tasks.word_numbers import check_binarized
+from kd_ext.teachers.assignment import Assignment, is_by_language, read_assignment, require_any
 from kd_ext.teachers.check import in_a_line
 from kd_ext.teachers.load import Source, identify_teacher, load_models, load_teacher
 from kd_ext.upstream import torch_compile
-from kd_ext.upstream.flat_tokens import sentences_of
+from kd_ext.upstream.flat_tokens import fetch, sentences_of
 
 FORMAT = "kd_ext sequence distillation 2"
 TOO_LONG = "long"
@@ -51,6 +52,12 @@ class Work:
         self.dataset = self.task.dataset(options.subset)
         if self.dataset.tgt is None:
             raise ConfigError(f"{self.folder}: --subset {options.subset} has no targets; name data with both sides")
+        fetch(self.dataset, range(len(self.dataset)))  # they are asked for in any order
+        for side, sentences, words in (
+            ("source", self.dataset.src, self.task.source_dictionary),
+            ("target", self.dataset.tgt, self.task.target_dictionary),
+        ):
+            check_binarized(sentences, len(words), f"{self.folder}: the {side} of its {options.subset} set")
         self.source, self.target = self.task.cfg.source_lang, self.task.cfg.target_lang
         use_cuda = torch.cuda.is_available() and not cfg.common.cpu
         self.device = torch.device("cuda" if use_cuda else "cpu")
@@ -72,8 +79,9 @@ class Work:
         path = self.cfg.common_eval.path
         if not is_by_language(path):
             return None
-        languages = self.task.languages
         with blamed(TEACHER):
+            require_any(path)
+            languages = self.task.languages
             return read_assignment(path, languages.pools, languages.names, languages.counts)
 
     def _sentences_of_teachers(self) -> List[np.ndarray]:

@@ -1,28 +1,16 @@
-"""What a translation task's own settings and data can have wrong that upstream does not look at, or late."""
+"""What a translation task's own settings, data and model can have wrong that upstream does not look at, or late."""
 
+import inspect
 import itertools
-import json
 import os
+from typing import Optional
 
 from fairseq import utils
+from fairseq.models import BaseFairseqModel, FairseqEncoderModel, FairseqLanguageModel
 from fairseq.tasks.translation import TranslationTask
 
 from kd_ext.errors import ConfigError
 from kd_ext.files.dictionaries import load_dictionary
-
-
-def check_eval_bleu_args(text: str) -> None:
-    """See that they are JSON, whose quotes are others than those of ``--teacher-model-overrides`` may be.
-
-    Raises:
-        ConfigError: they are not
-    """
-    try:
-        settings = json.loads(text or "{}")
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"--eval-bleu-args {text}: not JSON by names; write it as '{{\"beam\": 4}}'")
 
 
 def check_parts(task: TranslationTask) -> None:
@@ -43,3 +31,21 @@ def check_parts(task: TranslationTask) -> None:
                 f"{part}: its {side} dictionary is not that of {first}; preprocess it with that one "
                 f"(fairseq-preprocess {flag})"
             )
+
+
+def check_student(model: BaseFairseqModel, architecture: Optional[str]) -> None:
+    """See that a model takes what it is given in training: source, lengths, and of each word the ones before it.
+
+    Raises:
+        ConfigError: it is of another kind: predicts all words at once, say, or is a language model
+    """
+    try:
+        inspect.signature(model.forward).bind(src_tokens=None, src_lengths=None, prev_output_tokens=None)
+        fits = not isinstance(model, (FairseqEncoderModel, FairseqLanguageModel))
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"--arch {architecture}: a {type(model).__name__} does not predict a translation word by word, as is "
+            "distilled here; give an autoregressive encoder-decoder, such as transformer_ext"
+        )

@@ -161,7 +161,8 @@ def _read_list(flag: str, given: str, words: Dictionary, specials: Set[int], sid
         if index is None:
             near = difflib.get_close_matches(tag, words.symbols, n=3)
             remedy = f"near to it: {', '.join(near)}" if near else "tags are words of the preprocessed data"
-            raise ConfigError(f"{flag}: '{tag}' is not in the {side} dictionary; {remedy}")
+            no_file = "" if is_file or len(tags) > 1 else "no such file, and "
+            raise ConfigError(f"{flag}: {no_file}'{tag}' is not in the {side} dictionary; {remedy}")
         if index in specials:
             raise ConfigError(f"{flag}: '{tag}' is a special symbol, which all sentences have; name words")
         if index in found:
@@ -174,7 +175,10 @@ def _read_list(flag: str, given: str, words: Dictionary, specials: Set[int], sid
 
 def _lines(flag: str, path: str) -> List[str]:
     """The lines of a small text file, without the empty ones."""
-    require_regular(path)
+    try:
+        require_regular(path)
+    except ConfigError as error:
+        raise ConfigError(f"{LIST_FLAG} {error}, or tags as they are in the dictionary") from error
     try:
         with open(path, encoding="utf-8-sig") as file:
             return [line.strip() for line in file if line.strip()]

@@ -16,10 +16,11 @@ from kd_ext.errors import ConfigError
 from kd_ext.files import trained_with
 from kd_ext.modules.teacher import Teacher
 from kd_ext.modules.token_selection import STRATEGIES, TokenSelector
-from kd_ext.tasks.checks import check_eval_bleu_args, check_parts
+from kd_ext.parsing import check_path, warn_of_repeated
+from kd_ext.tasks.checks import check_parts, check_student
 from kd_ext.tasks.languages import SIDE_FLAG, SIDES, Languages, find_languages
 from kd_ext.tasks.word_numbers import check_binarized
-from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment
+from kd_ext.teachers.assignment import is_by_language, named_paths, read_assignment, require_any
 from kd_ext.teachers.by_language import BringsParts, SplitByTeacher, TeachersByLanguage
 from kd_ext.teachers.cached import BringsOutput, CachedTeacher, TeacherSource
 from kd_ext.teachers.load import Source, identify_teacher, load_teacher
@@ -126,6 +127,7 @@ class TranslationWithKDTask(TranslationTask):
         self._languages: Optional[Languages] = None
         self._builds_student = False
         self._student: Optional[BaseFairseqModel] = None
+        self._architecture: Optional[str] = None
         self._cached_teacher: Optional[CachedTeacher] = None
         self.split: Optional[SplitByTeacher] = None
         self._prepare_cache: Optional[Callable[[], None]] = None
@@ -133,6 +135,7 @@ class TranslationWithKDTask(TranslationTask):
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
+        warn_of_repeated()
         if cfg.kd_strategy not in STRATEGIES:
             raise ConfigError(f"--kd-strategy {cfg.kd_strategy}: unknown; one of {', '.join(STRATEGIES)}")
         if cfg.teacher_cache_top_k is not None and not cfg.teacher_cache_dir:
@@ -143,7 +146,6 @@ class TranslationWithKDTask(TranslationTask):
             raise ConfigError(f"{SIDE_FLAG} {cfg.kd_language_side}: unknown; one of {', '.join(SIDES)}")
         if cfg.teacher_dtype not in (None, *DTYPES):
             raise ConfigError(f"--teacher-dtype {cfg.teacher_dtype}: unknown; one of {', '.join(DTYPES)}")
-        check_eval_bleu_args(cfg.eval_bleu_args)
         task = super().setup_task(cfg, **kwargs)
         check_parts(task)
         return task
@@ -152,6 +154,7 @@ class TranslationWithKDTask(TranslationTask):
         # validation and generation build their models from a checkpoint: only training needs a teacher
         self._builds_student = not from_checkpoint
         self._student = super().build_model(cfg, from_checkpoint)
+        self._architecture = getattr(cfg, "arch", None) or getattr(cfg, "_name", None)
         return self._student
 
     def load_dataset(self, split, epoch=1, combine=False, **kwargs):
@@ -170,6 +173,8 @@ class TranslationWithKDTask(TranslationTask):
                 f"{', '.join(unused)}: --criterion {cfg._name} distils nothing, and has no use for that; use "
                 f"--criterion {CRITERION}, or leave it out"
             )
+        if self.trains and cfg._name == CRITERION and self._student is not None:
+            check_student(self._student, self._architecture)
         return super().build_criterion(cfg)
 
     @property
@@ -209,6 +214,7 @@ class TranslationWithKDTask(TranslationTask):
                 f"{', '.join(unused)}: there is no teacher to load beside --teacher-cache-dir "
                 f"{self.cfg.teacher_cache_dir}; name one by --teacher-checkpoint-path, or leave it out"
             )
+        check_path("--teacher-cache-dir", self.cfg.teacher_cache_dir)
         source = self._teacher_source(one_by_one=mends)
         folder, top_k = self.cfg.teacher_cache_dir, self.cfg.teacher_cache_top_k
         self._cached_teacher = CachedTeacher(folder, top_k, temperature, source, student_task=self, mends=mends)
@@ -227,6 +233,7 @@ class TranslationWithKDTask(TranslationTask):
         path = self.cfg.teacher_checkpoint_path
         if not self.names_teachers_by_language:
             return TeacherSource(path, partial(self._identify, path), partial(self._load, path))
+        require_any(path)
         languages = self.languages
         assignment = read_assignment(path, languages.pools, languages.names, languages.counts)
         identify = partial(assignment.identity, languages.identity)

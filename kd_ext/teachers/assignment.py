@@ -22,6 +22,20 @@ def is_by_language(path: Optional[str]) -> bool:
     return bool(path) and _entries(path) is not None
 
 
+def require_any(path: str) -> None:
+    """See that of teachers by language a file is there: before tags are looked for, as a name may just have a '='.
+
+    Raises:
+        ConfigError: none is
+    """
+    if os.path.exists(path) or any(map(os.path.exists, named_paths(path))):
+        return
+    raise ConfigError(
+        f"{FLAG} {path}: no such file, and taken for teachers by language ({_FORM}) it names none that is there; "
+        "name the checkpoint that fairseq-train wrote"
+    )
+
+
 def named_paths(path: Optional[str]) -> List[str]:
     """The files that ``--teacher-checkpoint-path`` names; of teachers by language all that can be read out of it.
 
@@ -119,7 +133,7 @@ def _entries(path: str) -> Optional[List[str]]:
     """``hi=a.pt`` and so on; None: `path` is that of a teacher."""
     if os.path.exists(path):
         return _lines(path)
-    if all(os.path.exists(part) for part in utils.split_paths(path)) or not re.match(r"[^/]*=|\.\.\.=", path):
+    if all(map(_is_path, utils.split_paths(path))) or not re.match(r"[^/]*=|\.\.\.=", path):
         return None
     entries: List[str] = []
     for part in path.split(","):
@@ -128,6 +142,11 @@ def _entries(path: str) -> Optional[List[str]]:
         else:
             entries[-1] += f",{part}"  # of a path
     return entries
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text with a '=' in it is that of a file, which may be misspelt in a folder that is there."""
+    return "=" not in text or os.path.exists(text) or os.path.isdir(os.path.dirname(text))
 
 
 def _lines(path: str) -> Optional[List[str]]:

@@ -3,9 +3,10 @@
 import os
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq import tasks, utils
+from fairseq.data import Dictionary
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 from fairseq.tasks import TASK_REGISTRY
 from fairseq.tasks.translation import TranslationTask
@@ -109,15 +110,19 @@ class Kind:
         try:
             return tasks.setup_task(self.cfg)
         except Exception:
-            self._check_dictionaries()
+            self.read_dictionaries(self.cfg.data, self.dictionary_names())
             raise
 
-    def _check_dictionaries(self) -> None:
-        for name in self.dictionary_names():
-            try:
-                load_dictionary(os.path.join(self.cfg.data, name))
-            except ConfigError as error:
-                raise ConfigError(f"{FLAG} {self.path}: its {error}") from error
+    def read_dictionaries(self, folder: str, names: Sequence[str]) -> List[Dictionary]:
+        """Those files of a folder.
+
+        Raises:
+            ConfigError: one is damaged
+        """
+        try:
+            return [load_dictionary(os.path.join(folder, name)) for name in names]
+        except ConfigError as error:
+            raise ConfigError(f"{FLAG} {self.path}: its {error}") from error
 
     def languages(self) -> List[str]:
         """Those that the task has tokens or models for."""

@@ -17,6 +17,7 @@ from kd_ext.modules.input_format import InputFormat
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.modules.teacher import Projection, Teacher
 from kd_ext.overrides import parse_overrides
+from kd_ext.parsing import check_path
 from kd_ext.teachers import check, reading
 from kd_ext.teachers.check import in_a_line
 from kd_ext.teachers.dictionaries import check_recorded, compare_dictionaries, left_over, point_at_dictionaries
@@ -40,6 +41,20 @@ class Source(NamedTuple):
     overrides: str = "{}"
     user_dir: Optional[str] = None
     ema: bool = False
+
+    def paths(self) -> List[str]:
+        """Of each model.
+
+        Raises:
+            ConfigError: it is one file, whose name has what joins several
+        """
+        parts = utils.split_paths(self.path)
+        if len(parts) > 1 and os.path.isfile(self.path):
+            raise ConfigError(
+                f"{FLAG} {self.path}: a file with a ':' in its path, and ':' joins several; name it by a path without, "
+                "as of a link"
+            )
+        return parts
 
     def settings(self) -> Dict[str, Any]:
         return parse_overrides("--teacher-model-overrides", self.overrides)
@@ -95,7 +110,7 @@ def load_models(source: Source, student_task: Any) -> List[Loaded]:
     settings = source.settings()
     import_user_dir(source.user_dir)
     with random_state_kept():  # building a model draws its initial weights
-        return [_load_one(path, settings, source.ema, student_task) for path in utils.split_paths(source.path)]
+        return [_load_one(path, settings, source.ema, student_task) for path in source.paths()]
 
 
 def identify_teacher(source: Source, student_task: Any) -> str:
@@ -107,7 +122,7 @@ def identify_teacher(source: Source, student_task: Any) -> str:
     settings = source.settings()
     import_user_dir(source.user_dir)
     found = []
-    for path in utils.split_paths(source.path):
+    for path in source.paths():
         state = reading.read(path, settings, source.ema)
         found.append(_identity_of_one(state, find_kind(path, state["cfg"].task, student_task)))
         reading.let_go(state)
@@ -135,6 +150,7 @@ def import_user_dir(user_dir: Optional[str]) -> None:
     """Import what ``--teacher-user-dir`` names, if it names anything, once: before a teacher's file is read."""
     if user_dir is None:
         return
+    check_path("--teacher-user-dir", user_dir)  # fairseq would run what is in the current folder
     flag = f"--teacher-user-dir {user_dir}"
     try:
         utils.import_user_module(Namespace(user_dir=user_dir))
@@ -167,10 +183,10 @@ def _build(path: str, settings: Dict[str, Any], state: Dict[str, Any], student_t
     cfg = state["cfg"]
     kind = find_kind(path, cfg.task, student_task)
     check.check_direction(kind, student_task)
-    point_at_dictionaries(kind, settings, student_task)
+    point_at_dictionaries(kind, settings, student_task, state)
     task = kind.setup()
-    compare_dictionaries(kind, task, student_task)
     check_recorded(kind, task, state)
+    compare_dictionaries(kind, task, student_task, state)
     identity = _identity_of_one(state, kind)
     model = kind.model_of(_build_model(path, task, cfg.model, state))
     drop_dead_parameters(model)

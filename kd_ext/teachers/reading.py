@@ -36,7 +36,10 @@ def read(path: str, settings: Dict[str, Any], ema: bool = False) -> Dict[str, An
     if os.path.isdir(path):
         raise ConfigError(f"{FLAG} {path}: a folder; name a checkpoint in it, such as {path}/checkpoint_best.pt")
     if not os.path.isfile(path):
-        raise ConfigError(f"{FLAG} {path}: no such file; name the checkpoint that fairseq-train wrote")
+        parts = re.split("[, ]+", path)
+        several = len(parts) > 1 and all(map(os.path.isfile, parts))
+        remedy = f"':' joins several: {':'.join(parts)}" if several else "name the checkpoint that fairseq-train wrote"
+        raise ConfigError(f"{FLAG} {path}: no such file; {remedy}")
     chosen = settings.get("task") if isinstance(settings.get("task"), str) else None
     state = _read_state(path, {key: value for key, value in settings.items() if value is not chosen or key != "task"})
     state[LAYOUT] = "args" if state.get("args") is not None else "cfg"

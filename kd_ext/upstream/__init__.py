@@ -14,12 +14,14 @@ TOUCHES = (
     "checkpoints",
     "command_line",
     "damaged_checkpoints",
+    "eval_bleu",
     "evaluated_settings",
     "fast_path",
     "fetched_files",
     "first_validation",
     "flat_bf16",
     "held_folder",  # after atomic_saving, which removes what a killed run has left
+    "layers_to_keep",
     "loaded_models",
     "misspelt_settings",
     "numpy_names",
@@ -27,6 +29,7 @@ TOUCHES = (
     "patience",
     "resume",
     "sanity_validation",
+    "several_parts",
     "torch_compile",
     "runs_that_ended",  # after the pass before the first update
     "same_files",  # before all that looks at a checkpoint

@@ -10,10 +10,23 @@ from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Tuple
 from fairseq import options
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
+from kd_ext.parsing import typed_flags
+
 GROUP = "fairseq-kd-ext"
 _LISTED = "_kd_ext_listed"
 # dataclasses of flags, and what has to be given so that they are some: in the order in which they are handed down
 _LISTED_CONFIGS: List[Tuple[type, str]] = []
+_NOT_HERE = "nothing here does the same"
+_OF_THE_FORK = {  # flags of VarunGumma/fairseq, and what is in their place
+    "--kd-args": "here --kd-strategy, --kd-rate, --kd-queue-size and --kd-temperature",
+    "--kd-criterion": "what is computed here is kl_div; leave it out",
+    "--kd-temp": "here --kd-temperature",
+    "--language-tags": "here --kd-language-tags",
+    **dict.fromkeys(("--factorized-embed-activation-fn", "--attn-implementation", "--adam-stable"), _NOT_HERE),
+    **dict.fromkeys(("--lora-args", "--rope-args", "--alibi-args"), _NOT_HERE),
+    **{f"--{side}-{name}": _NOT_HERE for side in ("encoder", "decoder") for name in ("use-glu", "use-rmsnorm")},
+    **{f"--{side}-kv-attention-heads": _NOT_HERE for side in ("encoder", "decoder")},
+}
 
 
 class _Owned(NamedTuple):
@@ -119,17 +132,23 @@ def _of_unknown(parser: argparse.ArgumentParser, flag: str) -> str:
     own = _own_flags(parser)
     if flag in own:
         return f"{flag}: not without {own[flag].owner}"
+    if flag in _OF_THE_FORK:
+        return f"{flag}: of VarunGumma/fairseq; {_OF_THE_FORK[flag]} (docs/coming-from-the-fork.md)"
     known = [*parser._option_string_actions, *own]
     return f"{flag}: no such flag{near(flag, known) or '; --help lists all'}"
 
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Of a value: with the near ones in place of all that there are."""
+    """Of a value: with the near ones in place of all that there are; or how one that begins with a dash is given."""
     match = re.match(r"argument ([^/:\s]+)\S*: invalid choice: ('[^']*'|\S+)", message)
     action: Optional[argparse.Action] = parser._option_string_actions.get(match[1]) if match else None
     if match and action is not None and action.choices is not None and len(list(action.choices)) > 10:
         value = match[2].strip("'\"")
         message = f"{match[1]} {value}: unknown{near(value, list(action.choices)) or '; nothing is near to it'}"
+    alone = re.match(r"argument (\S+): expected one argument$", message)
+    for flag, value in typed_flags() if alone else ():
+        if flag == alone[1] and re.match("-[^-].", value):  # and no short flag
+            message += f"; write {flag}={value}"
     _end(message)
 
 

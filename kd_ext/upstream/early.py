@@ -46,13 +46,31 @@ def _refuse_two_user_dirs() -> None:
         sys.exit(2)
 
 
+_OF_THE_COMMAND_LINE = ("OverrideParseException", "ConfigCompositionException")
+
+
 def _show_errors_of_hydra() -> None:
     """Python >= 3.10 has no ``print_exception(etype=...)``, by which hydra-core 1.0 reports errors: it shows its own.
 
-    Its switch that leaves errors as they are is set for fairseq's commands alone.
+    Its switch that leaves errors as they are is set for fairseq's commands alone. What Hydra has against the command
+    line it would have shown without their traceback: so it is shown here.
     """
-    if "fairseq_cli" in sys.modules:
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if "fairseq_cli" not in sys.modules or os.environ.get("HYDRA_FULL_ERROR"):
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    previous = sys.excepthook
+
+    def excepthook(kind, error, traceback):
+        if kind.__module__ != "hydra.errors" or kind.__name__ not in _OF_THE_COMMAND_LINE:
+            previous(kind, error, traceback)
+            return
+        override = getattr(error, "override", None)  # of which Hydra's message may say a part
+        key, equals, _ = (override or "").partition("=")
+        remedy = f"; quote a value that has = , or brackets: \"{key}='...'\"" if equals else ""
+        said = " ".join(str(error).split())
+        print(f"kd_ext: error: {override + ': ' if override else ''}{said}{remedy}", file=sys.stderr)
+
+    sys.excepthook = excepthook
 
 
 def _allow_config_defaults() -> None:

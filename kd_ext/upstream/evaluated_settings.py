@@ -12,6 +12,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files.literals import NotALiteral, evaluate
 from kd_ext.files.reading import require_regular
 from kd_ext.files.settings import origin, shown
+from kd_ext.parsing import typed_flags
 
 _PACKAGES = ("fairseq", "fairseq_cli")
 
@@ -100,9 +101,8 @@ def _evaluate(source: Any, *_: Any) -> Any:
 
 def _where(text: Any) -> str:
     """Where a text is from: a flag goes first, as it overrides what a file has."""
-    flags = [flag for flag, value in zip(sys.argv, sys.argv[1:]) if value == text and flag.startswith("-")]
-    flags += [flag.split("=", 1)[0] for flag in sys.argv if flag.startswith("-") and flag.split("=", 1)[1:] == [text]]
-    if flags:
-        return flags[0]
+    given = next((flag for flag, value in typed_flags() if value == text), None)
+    if given is not None:
+        return given
     setting = origin(text) if isinstance(text, str) else None
     return f"{setting.path}: its setting {setting.name}" if setting else "the value"

@@ -6,6 +6,7 @@ from typing import Any, Iterator
 
 import numpy as np
 from fairseq import checkpoint_utils, utils
+from fairseq.data import LanguagePairDataset
 from fairseq.tasks.translation import TranslationTask
 
 from kd_ext.errors import ConfigError
@@ -22,7 +23,7 @@ def apply() -> None:
     """Look at ``--best-checkpoint-metric`` and at the lengths of validation sentences (fairseq 0.12.2).
 
     Of a score that nothing logs fairseq ends with a KeyError where it is to be compared, and of a sentence longer than
-    the model's positions with an error where the batches are made: in both cases before a checkpoint is written.
+    the model's positions, or than a batch, with an error where the batches are made: before a checkpoint is written.
     """
     original = checkpoint_utils.load_checkpoint
     if getattr(original, "_kd_ext_looks", False):
@@ -60,18 +61,24 @@ def _check_metric(trainer: Any) -> None:
 
 
 def _check_lengths(trainer: Any) -> None:
-    if trainer.cfg.dataset.skip_invalid_size_inputs_valid_test:
-        return
+    cfg, skips = trainer.cfg.dataset, "--skip-invalid-size-inputs-valid-test"
     most = utils.resolve_max_positions(trainer.task.max_positions(), trainer.get_model().max_positions())
     for name, dataset in _validation_sets(trainer):
-        _, ignored = dataset.filter_indices_by_size(np.arange(len(dataset)), most)
-        if ignored:
+        kept, ignored = dataset.filter_indices_by_size(np.arange(len(dataset)), most)
+        if len(ignored) > 0 and (len(kept) == 0 or not cfg.skip_invalid_size_inputs_valid_test):
             longest = max(dataset.size(i) for i in ignored)
+            remedy = f"add {skips} to leave them out, or raise" if len(kept) > 0 else "raise"
             raise ConfigError(
                 f"--valid-subset {name}: {len(ignored)} of its {len(dataset)} sentences, up to {longest[0]} and "
-                f"{longest[1]} tokens, are longer than the model's positions {most}; add "
-                "--skip-invalid-size-inputs-valid-test to leave them out, or raise --max-source-positions and "
-                "--max-target-positions"
+                f"{longest[1]} tokens, are longer than the model's positions {most}; {remedy} --max-source-positions "
+                "and --max-target-positions"
+            )
+        many = dataset.num_tokens_vec if isinstance(dataset, LanguagePairDataset) else np.vectorize(dataset.num_tokens)
+        longest = int(many(kept).max()) if len(kept) > 0 else 0
+        if 0 < (cfg.max_tokens_valid or 0) < longest:
+            raise ConfigError(
+                f"--max-tokens-valid {cfg.max_tokens_valid}: a sentence of --valid-subset {name} has {longest} tokens, "
+                f"and a batch holds one at least; give {longest} or more (it is --max-tokens where it is not given)"
             )
 
 

@@ -1,5 +1,6 @@
 """A wrong flag ends the command with one line, not with a traceback."""
 
+import errno
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch.multiprocessing import ProcessRaisedException
 
 from kd_ext.errors import ConfigError, in_short
+from kd_ext.parsing import typed_flags
 
 
 def apply() -> None:
@@ -41,7 +43,7 @@ def apply() -> None:
 
 _OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]|pip install [a-z]")  # or of a package that a flag needs
 # what a flag's value or a model's settings are refused by
-_KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError, ImportError)
+_KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError, ImportError, FileNotFoundError)
 _PLAIN = "Exception"  # by which sentences that are too long are refused
 _AT_ITS_END = re.compile(  # of a traceback as text: the last frame, and what was raised there
     r'File "[^"]*[\\/](?:fairseq|fairseq_cli)[\\/][^"]*", line \d+, in \w+\n(?:    .*\n)*'
@@ -55,13 +57,27 @@ _REMEDIES = {  # by what fairseq says
     r"requires a join(ed|t) dictionary": "source and target have other words: preprocess the data, and the teacher's, "
     "by fairseq-preprocess --joined-dictionary, or leave the flag out",
     r"pip install sacremoses": "or give no 'moses' to --eval-bleu-detok or --tokenizer",
+    r"Set --combine-val to": "that flag is --combine-valid-subsets",
 }
+_WITHOUT_A_FLAG = {  # what fairseq says of a flag that it does not name
+    r"Dataset not found: ([^/]*) \((.*)\)": "{1}: it has no set '{0}' of these languages; name one that "
+    "fairseq-preprocess wrote by --train-subset, --valid-subset or --gen-subset",
+    r"Sentences lengths should not exceed max_tokens=(.*)": "--max-tokens {0} (or --max-tokens-valid): a sentence has "
+    "more, and a batch holds one at least; give a larger one",
+    r"Could not infer language pair": "no pair of languages is in the names of the data's files; name the folder that "
+    "fairseq-preprocess wrote, or give --source-lang and --target-lang",
+    r"The dataset is empty\.": "no sentence of a set is left: each is longer than --max-source-positions, "
+    "--max-target-positions or --max-tokens, or there are none; raise them",
+}
+_NAMES_A_FILE = re.compile(r"--.*(path|file|dir|input|from-model|output|dict|tags|vocab)")
 _DO_NOT_FIT = "Cannot load model parameters from checkpoint"  # how the trainer's Exception begins
 
 
 def _message(error: Optional[BaseException]) -> Optional[str]:
     """The line for what `error` is, or was raised from; None if that is nothing that a flag can mend."""
     outermost = error
+    if not isinstance(error, Exception):  # stopped by the user, whatever was being handled
+        return None
     if isinstance(error, OmegaConfBaseException):
         refused = _about_a_setting(f"{type(error).__module__}.{type(error).__name__}: {error}")
         if refused is not None:
@@ -87,27 +103,60 @@ def _message(error: Optional[BaseException]) -> Optional[str]:
 
 
 def _of_a_file(error: Optional[BaseException]) -> Optional[str]:
-    """What the system has against a file that a flag names, or what is in it."""
-    words = sys.argv[1:]
-    flags = {value: flag for flag, value in zip(words, words[1:]) if flag.startswith("--")}
-    if isinstance(error, OSError) and error.filename in flags:
-        return f"{flags[error.filename]} {error.filename}: {error.strerror}"
-    if isinstance(error, UnicodeDecodeError) and "--input" in flags.values():
-        path = next(value for value, flag in flags.items() if flag == "--input")
+    """What the system has against a file that the command line names, or one in a folder of it, or what is in it."""
+    flags = [(flag, value) for flag, value in typed_flags() if _NAMES_A_FILE.match(flag)]
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        exact = [(flag, value) for flag, value in flags if value == error.filename]
+        for flag, value in [*exact, *flags]:
+            if value and _is_in(error.filename, value):
+                return f"{flag} {value}{_inner(error.filename, value)}: {error.strerror}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and _is_fairseqs(error):
+            return _of_data(error.filename, error.strerror)
+    if isinstance(error, UnicodeDecodeError) and "--input" in dict(flags):
+        path = dict(flags)["--input"]
         return f"--input {path}: not in UTF-8 (byte {error.start}: {error.reason}); convert it, as by iconv"
     return None
+
+
+def _of_data(filename: str, said: str) -> Optional[str]:
+    """Of a file in a folder of data, which is the word that no flag is before."""
+    words = sys.argv[1:]
+    for word, before in zip(words, ["", *words]):
+        if word.startswith("-") or (before.startswith("-") and "=" not in before):
+            continue
+        for part in word.split(":"):
+            if part and _is_in(filename, part):
+                languages = ", and its languages" if re.fullmatch(r"dict\..*\.txt", os.path.basename(filename)) else ""
+                remedy = f"name the folder that fairseq-preprocess wrote{languages}"
+                return f"{part}{_inner(filename, part)}: {said}; {remedy}"
+    return None
+
+
+def _inner(path: str, place: str) -> str:
+    return f": {path}" if path != place else ""
+
+
+def _is_in(path: str, place: str) -> bool:
+    """Whether a file is what a flag names, or lies there."""
+    path, place = os.path.abspath(path), os.path.abspath(place)
+    return path == place or path.startswith(place + os.sep)
 
 
 def _of_fairseq(error: Optional[BaseException]) -> Optional[str]:
     """What fairseq says of a flag of its own."""
     if error is None or not (isinstance(error, _KINDS) or type(error).__name__ == _PLAIN):
         return None
-    if error.__traceback__ is None:
-        return None
+    return _about_a_flag(str(error)) if _is_fairseqs(error) else None
+
+
+def _is_fairseqs(error: BaseException) -> bool:
+    """Whether it was raised there."""
     frames = error.__traceback__
+    if frames is None:
+        return False
     while frames.tb_next is not None:
         frames = frames.tb_next
-    return _about_a_flag(str(error)) if _package(frames.tb_frame) in ("fairseq", "fairseq_cli") else None
+    return _package(frames.tb_frame) in ("fairseq", "fairseq_cli", "iopath")
 
 
 def _package(frame: FrameType) -> str:
@@ -117,6 +166,10 @@ def _package(frame: FrameType) -> str:
 
 
 def _about_a_flag(said: str) -> Optional[str]:
+    for pattern, line in _WITHOUT_A_FLAG.items():
+        found = re.match(pattern, said)
+        if found:
+            return line.format(*found.groups())
     if "\n" in said.strip() or not _OF_A_FLAG.search(said):
         return None
     remedies = [remedy for what, remedy in _REMEDIES.items() if re.search(what, said)]

@@ -12,6 +12,7 @@ from fairseq.trainer import Trainer
 from kd_ext.errors import ConfigError
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.upstream.checkpoints import STRIPPED
+from kd_ext.upstream.flat_tokens import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,9 @@ def _batch_to_compare(task):
     dataset = next(iter(getattr(task, "datasets", {}).values()), None)
     try:
         with random_state_kept():  # some datasets draw what they hide
-            return dataset.collater([dataset[i] for i in range(min(3, len(dataset)))])["net_input"]
+            numbers = range(min(3, len(dataset)))
+            fetch(dataset, numbers)
+            return dataset.collater([dataset[i] for i in numbers])["net_input"]
     except Exception:  # there is none, it is empty, or of another kind
         return None
 
