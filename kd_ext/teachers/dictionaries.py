@@ -66,10 +66,7 @@ def _are_recorded(kind: Kind, folder: str, names: Sequence[str], saved: Dict[str
     """Whether a folder's dictionaries are those of a record; without one, any are."""
     if not saved.keys() & {trained_with.SOURCE, trained_with.TARGET} or len(names) != 2:
         return True
-    try:
-        found = kind.read_dictionaries(folder, names)
-    except ConfigError:  # a damaged one is no one's
-        return False
+    found = kind.read_dictionaries(folder, names)
     return trained_with.has_words(saved, *([*each.symbols, *kind.appended_words(None)] for each in found))
 
 
