@@ -5,7 +5,6 @@ import os
 from typing import Any, Callable, Dict, Sequence, Tuple
 
 from fairseq import options as fairseq_options
-from fairseq.data import data_utils
 
 from kd_ext.errors import ConfigError
 from kd_ext.parsing import check_path, warn_of_repeated
@@ -14,6 +13,7 @@ from kd_ext.teachers.assignment import is_by_language
 from kd_ext.upstream import torch_compile
 from kd_ext.upstream.added_flags import unfold
 from kd_ext.upstream.command_line import list_alone
+from kd_ext.upstream.eval_bleu import is_post_process
 
 TASK = "translation_with_kd"
 _OWN = ("destdir", "subset", "processes", "choose", "closest-by", "with-references", "max-ratio", "min-score")
@@ -64,14 +64,6 @@ _ONLY_WITH: Dict[str, Tuple[Callable[[argparse.Namespace], bool], str]] = {  # w
 }
 
 
-def _is_known(symbol: Any) -> bool:
-    try:
-        data_utils.post_process("", symbol)
-    except NotImplementedError:
-        return False
-    return True
-
-
 # a flag, what its value has to be where it has one, and the end of the line otherwise
 _RANGES: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
     ("processes", lambda value: value >= 1, "out of range; a number over 0"),
@@ -80,7 +72,7 @@ _RANGES: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
     ("batch_size", lambda value: value >= 1, "out of range; a number over 0"),
     ("prefix_size", lambda value: value >= 0, "out of range; 0 for none"),
     ("min_score", lambda value: value == value, "not a number to compare scores with; such as -2.5"),
-    ("post_process", _is_known, "unknown to fairseq; such as sentencepiece, or subword_nmt"),
+    ("post_process", is_post_process, "unknown to fairseq; such as sentencepiece, or subword_nmt"),
     ("max_ratio", lambda value: value >= 1, "out of range; a number from 1 on"),
     ("drop_worst", lambda value: 0 <= value < 1, "out of range; a share from 0 to under 1"),
     ("sampling_topp", lambda value: value <= 1, "out of range; a share of the probability"),

@@ -13,6 +13,8 @@ from fairseq.tasks.translation import TranslationTask
 from kd_ext.errors import ConfigError
 from kd_ext.upstream.command_line import near
 
+_LENGTHS = ("max_len_b", "min_len")  # which fairseq rounds, or compares
+
 
 def apply() -> None:
     """Look at the flags where the model is built (fairseq 0.12.2).
@@ -45,15 +47,17 @@ def _check(cfg: Any, reads_more: bool) -> None:
         known = ", ".join(sorted(TOKENIZER_REGISTRY))
         raise ConfigError(f"--eval-bleu-detok {cfg.eval_bleu_detok}: no tokenizer of fairseq's; one of {known}")
     symbol = cfg.eval_bleu_remove_bpe
+    if not is_post_process(symbol):
+        raise ConfigError(f"--eval-bleu-remove-bpe {symbol}: unknown to fairseq; such as sentencepiece, or subword_nmt")
+
+
+def is_post_process(symbol: Optional[str]) -> bool:
+    """Whether fairseq can undo the segmentation of that name; None: there is none."""
     try:
         data_utils.post_process("", symbol)
     except NotImplementedError:
-        raise ConfigError(
-            f"--eval-bleu-remove-bpe {symbol}: unknown to fairseq; such as sentencepiece, or subword_nmt"
-        ) from None
-
-
-_LENGTHS = ("max_len_b", "min_len")  # which fairseq rounds, or compares
+        return False
+    return True
 
 
 def _check_setting(name: str, value: Any) -> None:
