@@ -94,7 +94,7 @@ class CTranslate2Translator:
             raise ConfigError(f"{folder}: CTranslate2 cannot read it ({in_short(error)})") from error
         self._folder = folder
         words = [_vocabulary(folder, side) for side in ("source", "target")]
-        # fairseq never says it; CTranslate2 takes no word here that the model does not have
+        # fairseq never says it, but has it in its softmax; CTranslate2 takes no word here that the model does not have
         self._never = [[_PADDING]] if _PADDING in words[1] else None
         self.vocabularies = tuple(["<pad>" if word == _PADDING else word for word in side] for side in words)
 

@@ -17,6 +17,7 @@ from kd_ext.errors import ConfigError
 from kd_ext.files.reading import require_regular
 from kd_ext.modules.language_tags import LanguageTags
 from kd_ext.modules.tag_places import MOST_CANDIDATES, Sentences, TagPlaces
+from kd_ext.parsing import check_path
 from kd_ext.tasks.word_numbers import check_words
 from kd_ext.upstream.flat_tokens import sentences_of
 
@@ -123,6 +124,8 @@ def _read_flags(cfg: Any, words: Dictionary, specials: Set[int], side: str) -> _
     flag = f"{LIST_FLAG} {cfg.kd_language_tags}"
     if cfg.kd_language_tag != DEFAULT_PREFIX:
         raise ConfigError(f"{flag}: there is {PREFIX_FLAG} {cfg.kd_language_tag} as well; leave one of the two out")
+    if cfg.kd_language_tags not in words.indices:
+        check_path(LIST_FLAG, cfg.kd_language_tags)
     return _Tags(flag, _read_list(flag, cfg.kd_language_tags, words, specials, side), {}, "")
 
 
