@@ -24,7 +24,6 @@ from kd_ext.processes import work_together
 from kd_ext.tasks.translation_with_kd import CRITERION, TranslationWithKDTask
 from kd_ext.teachers.by_language import SplitByTeacher
 from kd_ext.upstream.command_line import list_alone
-from kd_ext.upstream.flat_tokens import fetch
 
 logger = logging.getLogger("kd_ext.teacher_cache")  # as __main__ too
 
@@ -132,7 +131,6 @@ def _samples(batches: Any, split: Optional[SplitByTeacher], cfg: Any, index: int
         return
     dataset, of_teachers = batches.dataset, defaultdict(list)
     for batch in tqdm(batches.frozen_batches[index::processes], desc="which teacher's", leave=False, delay=2):
-        fetch(dataset, batch)
         sample = dataset.collater([dataset[i] for i in batch])
         for number, teacher in zip(sample["id"].tolist(), split.of_sentences(sample)):
             of_teachers[teacher].append(number)

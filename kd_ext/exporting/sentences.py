@@ -6,8 +6,6 @@ from typing import Any, List, NamedTuple, Sequence
 
 from fairseq.data import Dictionary, data_utils
 
-from kd_ext.upstream.flat_tokens import fetch
-
 SUBSETS = ("test", "valid", "train")
 _LONGEST = 100  # tokens
 
@@ -35,7 +33,6 @@ def sentences_for(folder: str, source: str, target: str, words: Dictionary, coun
         if data is not None and len(data):
             fitting = [i for i, size in enumerate(data.sizes) if size <= min(longest, _LONGEST)]
             chosen = fitting[:: max(1, len(fitting) // count)][:count]
-            fetch(data, chosen)
             tokens = [[words[i] for i in data[n].tolist() if i != words.eos()] for n in chosen]
             return Sentences(list(filter(None, tokens)), f"of {prefix}")
     return random_sentences(words.symbols, count, longest)

@@ -22,7 +22,7 @@ from kd_ext.teachers.assignment import Assignment, is_by_language, read_assignme
 from kd_ext.teachers.check import in_a_line
 from kd_ext.teachers.load import Source, identify_teacher, load_models, load_teacher
 from kd_ext.upstream import torch_compile
-from kd_ext.upstream.flat_tokens import fetch, sentences_of
+from kd_ext.upstream.flat_tokens import sentences_of
 
 FORMAT = "kd_ext sequence distillation 2"
 TOO_LONG = "long"
@@ -44,6 +44,8 @@ class Work:
         try:
             self.task = tasks.setup_task(cfg.task)
             self.task.load_dataset(options.subset, epoch=part + 1, combine=True)
+        except ConfigError:
+            raise
         except Exception as error:  # of many kinds: no folder, no languages in the names of its files, no such set
             raise ConfigError(
                 f"{self.folder} --subset {options.subset}: cannot be read ({in_a_line(error)}); name the folder that "
@@ -52,7 +54,6 @@ class Work:
         self.dataset = self.task.dataset(options.subset)
         if self.dataset.tgt is None:
             raise ConfigError(f"{self.folder}: --subset {options.subset} has no targets; name data with both sides")
-        fetch(self.dataset, range(len(self.dataset)))  # they are asked for in any order
         for side, sentences, words in (
             ("source", self.dataset.src, self.task.source_dictionary),
             ("target", self.dataset.tgt, self.task.target_dictionary),

@@ -25,6 +25,7 @@ TOUCHES = (
     "loaded_models",
     "misspelt_settings",
     "numpy_names",
+    "data_files",
     "one_line_errors",
     "patience",
     "resume",

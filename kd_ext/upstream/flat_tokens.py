@@ -1,6 +1,6 @@
 """Many sentences of a data set at once: upstream gives them one by one, which takes minutes for tens of millions."""
 
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 from fairseq.data.indexed_dataset import MMapIndexedDataset
@@ -8,16 +8,6 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from kd_ext.modules.tag_places import Sentences
 
 SENTENCES = 2**18  # at once
-
-
-def fetch(dataset: Any, numbers: Iterable[int]) -> None:
-    """Have these sentences of a data set in memory, before they are asked for.
-
-    Of the old format, which ``fairseq-preprocess --dataset-impl lazy`` or ``cached`` writes, fairseq (0.12.2) has no
-    others: it reads them beforehand, an epoch at a time.
-    """
-    if getattr(dataset, "supports_prefetch", False):
-        dataset.prefetch(numbers)
 
 
 def sentences_of(dataset: Any) -> Iterator[Sentences]:
@@ -30,7 +20,6 @@ def sentences_of(dataset: Any) -> Iterator[Sentences]:
         stop = min(start + SENTENCES, len(dataset))
         flat = _flat(dataset, start, stop) if type(dataset) is MMapIndexedDataset else None
         if flat is None:
-            fetch(dataset, range(start, stop))
             each = [dataset[i].numpy() for i in range(start, stop)]
             flat = Sentences(np.concatenate(each), np.array([len(sentence) for sentence in each]))
         yield flat

@@ -61,11 +61,13 @@ _REMEDIES = {  # by what fairseq says
 }
 _WITHOUT_A_FLAG = {  # what fairseq says of a flag that it does not name
     r"Dataset not found: ([^/]*) \((.*)\)": "{1}: it has no set '{0}' of these languages; name one that "
-    "fairseq-preprocess wrote by --train-subset, --valid-subset or --gen-subset",
+    "fairseq-preprocess wrote by --train-subset, --valid-subset or --gen-subset, and no --dataset-impl but its own",
     r"Sentences lengths should not exceed max_tokens=(.*)": "--max-tokens {0} (or --max-tokens-valid): a sentence has "
     "more, and a batch holds one at least; give a larger one",
     r"Could not infer language pair": "no pair of languages is in the names of the data's files; name the folder that "
     "fairseq-preprocess wrote, or give --source-lang and --target-lang",
+    r"Source and target must contain the same number": "a set has other numbers of sentences on its two sides, as the "
+    "lines before say (loaded ... examples from); preprocess both again, of as many lines each",
     r"The dataset is empty\.": "no sentence of a set is left: each is longer than --max-source-positions, "
     "--max-target-positions or --max-tokens, or there are none; raise them",
 }

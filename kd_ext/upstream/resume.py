@@ -12,7 +12,6 @@ from fairseq.trainer import Trainer
 from kd_ext.errors import ConfigError
 from kd_ext.modules.random_state import random_state_kept
 from kd_ext.upstream.checkpoints import STRIPPED
-from kd_ext.upstream.flat_tokens import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +139,6 @@ def _batch_to_compare(task):
     try:
         with random_state_kept():  # some datasets draw what they hide
             numbers = range(min(3, len(dataset)))
-            fetch(dataset, numbers)
             return dataset.collater([dataset[i] for i in numbers])["net_input"]
     except Exception:  # there is none, it is empty, or of another kind
         return None
