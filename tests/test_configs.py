@@ -138,6 +138,30 @@ def test_a_misspelt_setting_is_shown(arguments, tmp_path):
     assert "etype" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("folder", "name", "said"),
+    [
+        (
+            "configs",
+            "word_levl",
+            "--config-name word_levl: no recipe in --config-dir configs; there are adapters, all_",
+        ),
+        ("tests", "teacher", "--config-name teacher: no recipe in --config-dir tests; it has no recipe"),
+        ("cnfigs", "teacher", "--config-dir cnfigs: No such file or directory; name a folder of recipes"),
+    ],
+)
+@pytest.mark.parametrize("form", [["--config-dir", "{}", "--config-name", "{}"], ["--config-dir={}", "-cn={}"]])
+def test_a_recipe_that_is_not_there(folder, name, said, form, monkeypatch):
+    """fairseq would go by its own defaults."""
+    monkeypatch.chdir(ROOT)
+    values = iter([folder, name])
+    words = [word.format(next(values)) if "{}" in word else word for word in form]
+    result = run_as_typed("fairseq-hydra-train", *words, "task.data=data", "+model=transformer")
+    assert result.returncode == 2
+    assert result.last_line.startswith(f"kd_ext: error: {said}")
+    assert "Traceback" not in result.output
+
+
 MISSPELT = {
     "+model.dropuot=0.5": "model.dropuot: no setting of transformer_ext; near to it: dropout",
     "+model.zzz=null": "model.zzz: no setting of transformer_ext; leave it out",

@@ -7,11 +7,13 @@ import sys
 import typing
 from importlib.machinery import FileFinder, PathFinder
 from types import ModuleType
+from typing import List, NoReturn
 
 
 def apply() -> None:
     """Apply every remedy that this Python needs; safe to call twice."""
     _refuse_two_user_dirs()
+    _refuse_a_recipe_that_is_not_there()
     if sys.version_info >= (3, 10):
         _show_errors_of_hydra()
     if sys.version_info >= (3, 11):
@@ -28,22 +30,50 @@ def _refuse_two_user_dirs() -> None:
     """Of several folders fairseq (0.12.2) takes the last, without a word; two in one value are no such file to it."""
     if "fairseq_cli" not in sys.modules:
         return
-    words = sys.argv[1:]
-    given = [
-        following if word == "--user-dir" else word[len("--user-dir=") :]
-        for word, following in zip(words, [*words[1:], ""])
-        if word == "--user-dir" or word.startswith("--user-dir=")
-    ]
+    given = _given("--user-dir")
     parts = [part for value in given for part in re.split("[:,]", value)]
     joined = len(parts) > len(given) and not all(map(os.path.exists, given)) and any(map(os.path.exists, parts))
     if len({os.path.realpath(value) for value in given}) > 1 or joined:
         shown = " ".join(f"--user-dir {value}" for value in given)
-        print(
-            f"kd_ext: error: {shown}: fairseq imports one folder; name one whose __init__.py imports both, as "
-            "`import kd_ext` does for this plugin once it is installed",
-            file=sys.stderr,
+        _end(
+            f"{shown}: fairseq imports one folder; name one whose __init__.py imports both, as `import kd_ext` does "
+            "for this plugin once it is installed"
         )
-        sys.exit(2)
+
+
+def _refuse_a_recipe_that_is_not_there() -> None:
+    """fairseq-hydra-train (0.12.2) trains by its defaults instead, or ends at the first setting that they lack."""
+    folders, names = _given("--config-dir", "-cd"), _given("--config-name", "-cn")
+    if "fairseq_cli" not in sys.modules or not folders or not names:
+        return
+    folder, name = folders[-1], names[-1]
+    if name == "config" or any(os.path.isfile(os.path.join(folder, name + end)) for end in ("", ".yaml")):
+        return
+    found = sorted(file[: -len(".yaml")] for file in _names_in(folder) if file.endswith(".yaml"))
+    shown = f"there are {', '.join(found)}" if found else "it has no recipe (.yaml)"
+    _end(f"--config-name {name}: no recipe in --config-dir {folder}; {shown}")
+
+
+def _names_in(folder: str) -> List[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        _end(f"--config-dir {folder}: {error.strerror}; name a folder of recipes (.yaml)")
+
+
+def _given(*flags: str) -> List[str]:
+    """The values that the command line gives flags of one meaning."""
+    words, found = sys.argv[1:], []
+    for word, following in zip(words, [*words[1:], ""]):
+        flag, equals, value = word.partition("=")
+        if flag in flags:
+            found.append(value if equals else following)
+    return found
+
+
+def _end(message: str) -> NoReturn:
+    print(f"kd_ext: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 _OF_THE_COMMAND_LINE = ("OverrideParseException", "ConfigCompositionException")
