@@ -18,7 +18,11 @@ _FLAGS = {SOURCE: "--srcdict", TARGET: "--tgtdict"}
 
 
 def of_dictionaries(source: Dictionary, target: Dictionary) -> Dict[str, str]:
-    return {SOURCE: dictionary_fingerprint(source.symbols), TARGET: dictionary_fingerprint(target.symbols)}
+    return _of_words(source.symbols, target.symbols)
+
+
+def _of_words(source: Sequence[str], target: Sequence[str]) -> Dict[str, str]:
+    return {SOURCE: dictionary_fingerprint(source), TARGET: dictionary_fingerprint(target)}
 
 
 def of_task(task: Any) -> Dict[str, str]:
@@ -73,7 +77,7 @@ def check_same(saved: Dict[str, str], now: Dict[str, str], cfg) -> None:
 
 def has_words(saved: Dict[str, str], source: Sequence[str], target: Sequence[str]) -> bool:
     """Whether the words of two dictionaries are those that a checkpoint was trained with; also if it has no record."""
-    now = {SOURCE: dictionary_fingerprint(source), TARGET: dictionary_fingerprint(target)}
+    now = _of_words(source, target)
     return not any(_differs(saved, now, side) for side in now)
 
 

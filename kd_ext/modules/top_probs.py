@@ -74,7 +74,7 @@ def top_probs(
     first = teachers[0]
     projection = first.weight if isinstance(first, LinearLogits) else first.given.t()
     size = rows or chunk_rows(projection)
-    chunks = TeacherChunks([teacher.as_autocast() for teacher in teachers], temperature)
+    chunks = TeacherChunks(teachers, temperature)
     found = [chunks.probs(start, stop).topk(k, dim=1) for start, stop in spans(0, first[0].size(0), size)]
     words, probs = torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
     return TopProbs(words, probs, projection.size(0))
