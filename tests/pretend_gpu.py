@@ -225,19 +225,22 @@ def test_small_gradients_in_float16():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_listed", [False, True])
 def test_the_loss_under_automatic_mixed_precision(dtype, is_listed):
-    """Of float32 weights: multiplied in the dtype of autocast, the teacher's too; gradients in float32."""
+    """Of float32 weights: multiplied in the dtype of autocast, a teacher's too; gradients in float32.
+
+    What a cache has was computed without it.
+    """
     weights = Weights(0.5, 0.5, 0.1, 1.0)
     student, target, selected, teachers = make(torch.float32, n=60)
     rounded = LinearLogits(*(x.to(dtype).float().requires_grad_() for x in as_dtype(student, dtype)))
-    rounded_teachers = [as_dtype(teacher, dtype) for teacher in teachers]
-    loss, nll, term, _ = plain(rounded, target, selected, rounded_teachers, weights)
+    seen = teachers if is_listed else [as_dtype(teacher, dtype) for teacher in teachers]
+    loss, nll, term, _ = plain(rounded, target, selected, seen, weights)
     with Pretend():
         leaves, known = put_all(student, teachers)
+        if is_listed:
+            known = listed(known, student.weight.size(0), 1.0)
         torch.set_autocast_dtype("cuda", dtype)
         torch.set_autocast_enabled("cuda", True)
         try:
-            if is_listed:
-                known = listed(known, student.weight.size(0), 1.0)
             result = chunked_loss(leaves, put(target), put(selected), known, weights, rows=16)
         finally:
             torch.set_autocast_enabled("cuda", False)
