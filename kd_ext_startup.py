@@ -29,7 +29,7 @@ class _Watcher:
         try:
             _apply()
         except Exception as error:  # never break another program: fairseq's own error comes next
-            print(f"kd_ext: the start-up remedies for fairseq failed: {error!r}", file=sys.stderr)
+            print(f"kd_ext: the start-up remedies for fairseq failed: {type(error).__name__}: {error}", file=sys.stderr)
         find = getattr(following, "find_spec", None)
         return find(name, path, target) if find else None
 

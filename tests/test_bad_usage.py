@@ -40,6 +40,7 @@ def assert_refused(result, save_dir, *parts):
 FLAGS = {
     "no teacher": ("--kd-strategy word_level", ["--teacher-checkpoint-path is missing", "word_level", "--alpha 0"]),
     "no such file": ("--teacher-checkpoint-path no/x.pt", ["--teacher-checkpoint-path no/x.pt", "no such file"]),
+    "an empty path": ("--teacher-checkpoint-path a.pt::b.pt", ["--teacher-checkpoint-path a.pt::b.pt: an empty path"]),
 }
 
 GLOBAL = "--kd-strategy global_level --kd-rate 0.5"
@@ -222,6 +223,10 @@ VALIDATION = {
     "none is left": (
         "--max-source-positions 2 --max-target-positions 2 --skip-invalid-size-inputs-valid-test",
         ["--valid-subset valid: 40 of its 40 sentences", "positions (2, 2); raise --max-source-positions and"],
+    ),
+    "one set of several": (
+        "--valid-subset valid,test --combine-valid-subsets",
+        ["--valid-subset valid,test: --combine-valid-subsets validates on one set"],
     ),
     "more than a batch": ("--max-tokens-valid 6", ["--max-tokens-valid 6: a sentence of --valid-subset valid has 12"]),
     "more than a batch of training": ("--max-tokens 8", ["--max-tokens-valid 8: ", "12 or more (it is --max-tokens"]),

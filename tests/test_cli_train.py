@@ -162,6 +162,14 @@ def test_data_of_several_files(data, tmp_path, task):
         assert float(size) * int(updates) == pytest.approx(times * 300, rel=0.01)
 
 
+def test_one_file_is_not_upsampled(data, tmp_path):
+    command = [data, *TRAINING, "--arch", "transformer", *SIZES, "--max-update", "1", "--no-save"]
+    command += ["--criterion", "label_smoothed_cross_entropy", "--upsample-primary", "3"]
+    result = run(tmp_path / "log", "fairseq-train", *command)
+    assert result.returncode == 0, result.output
+    assert result.output.count(f"--upsample-primary 3: {data} has no train1, and the one train is taken as it is") == 1
+
+
 def test_parts_of_data_by_position(data):
     """As a module of one's own may call it."""
     words = Dictionary.load(str(data / "dict.src.txt"))

@@ -168,6 +168,11 @@ NOT_THERE = {  # of the folder of data, with other flags before and behind it
     ),
     "a folder that is read-only": ("{there}", "--save-dir /proc/sys", "--save-dir /proc/sys: /proc/sys/dummy: "),
     "no folder of a log": ("{there}", "--log-file no/log", "--log-file no/log: "),
+    "more processes than GPUs": (
+        "{there}",
+        "--distributed-world-size 2",
+        "--distributed-world-size 2: ",
+    ),
     "too few positions": (
         "{there}",
         "--max-source-positions 1 --max-target-positions 1 --disable-validation",

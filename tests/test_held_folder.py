@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -271,3 +272,39 @@ def test_a_run_that_is_started_as_a_module_reads_nothing_where_it_writes(data, t
     result = as_typed(*command, *UPSTREAM, "--save-dir", tmp_path)
     assert result.returncode != 0
     assert result.last_line.startswith("kd_ext: error: Must specify batch size")
+
+
+@pytest.mark.parametrize("what", ["teacher", "checkpoint", "dictionary", "data", "tags", "link"])
+def test_a_log_is_appended_to_no_file_that_is_read(what, data, teacher, tmp_path):
+    shutil.copytree(data, tmp_path / "bin")
+    shutil.copy(teacher, tmp_path / "named_as_one_likes")
+    (tmp_path / "tags").write_text("__src__hi\n")
+    (tmp_path / "link.log").symlink_to(tmp_path / "named_as_one_likes")
+    log = {
+        "teacher": tmp_path / "named_as_one_likes",
+        "checkpoint": shutil.copy(teacher, tmp_path / "other.pt"),
+        "dictionary": tmp_path / "bin/dict.src.txt",
+        "data": tmp_path / "bin/train.src-tgt.tgt.idx",
+        "tags": tmp_path / "tags",
+        "link": tmp_path / "link.log",
+    }[what]
+    before = Path(log).read_bytes()
+    flags = [*KD, "--teacher-checkpoint-path", tmp_path / "named_as_one_likes", "--kd-language-tags", tmp_path / "tags"]
+    flags += ["--log-file", log, "--save-dir", tmp_path / "run", "--arch", "transformer", *SIZES, "--max-update", 1]
+    result = run(tmp_path / "log", "fairseq-train", tmp_path / "bin", *TRAINING, *flags)
+    assert result.last_line.startswith(f"kd_ext: error: --log-file {log}: the log would be appended to that file")
+    assert Path(log).read_bytes() == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_is_appended_to_a_log(data, tmp_path):
+    """Wherever it is."""
+    shutil.copytree(data, tmp_path / "bin")
+    log = tmp_path / "bin/train.log"
+    for updates in (1, 2):
+        flags = ["--save-dir", tmp_path / "run", "--arch", "transformer", *SIZES, "--max-update", updates]
+        result = run(
+            tmp_path / "log", "fairseq-train", tmp_path / "bin", *TRAINING, *UPSTREAM, *flags, "--log-file", log
+        )
+        assert result.returncode == 0, result.output
+        assert log.read_text().count("done training") == updates

@@ -289,6 +289,10 @@ class TestRefused:
         assert_refused(result, tmp_path, "--teacher-cache-dir", tmp_path / "x", "no teacher cache")
         assert [path.name for path in (tmp_path / "x").iterdir()] == ["notes"]
 
+    def test_the_folder_of_the_run(self, distil, tmp_path):
+        result = distil(tmp_path / "run", "--teacher-cache-dir", tmp_path / "run")
+        assert_refused(result, tmp_path / "run", f"--teacher-cache-dir {tmp_path}/run: it is a run's --save-dir")
+
     def test_cut_short(self, cache, train, tmp_path):
         for name in ("words", "probs", "sums"):
             folder = tmp_path / name

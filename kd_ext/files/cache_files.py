@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Sequence, Set, Tuple
 import numpy as np
 
 from kd_ext.errors import ConfigError
+from kd_ext.files.folder_lock import NAME as LOCK
 from kd_ext.files.reading import require_regular
 from kd_ext.files.writing import PART, written_whole
 
@@ -57,9 +58,10 @@ def read_manifest(folder: str) -> Dict[str, Any]:
         if _MANIFEST not in entries:
             # read again: another process may have finished it in between
             if not os.path.lexists(path) and not _is_free(folder, entries):
+                what = "a run's --save-dir" if LOCK in entries else "no teacher cache"
                 raise ConfigError(
-                    f"{FLAG} {folder}: it is no teacher cache, and has files of its own ({sorted(entries)[0]}); name "
-                    "one, or a folder that is empty or does not exist"
+                    f"{FLAG} {folder}: it is {what}, and has files of its own ({sorted(entries)[0]}); name a cache, or "
+                    "a folder that is empty or does not exist"
                 )
             if not os.path.lexists(path):
                 return {}

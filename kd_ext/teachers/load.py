@@ -54,6 +54,8 @@ class Source(NamedTuple):
                 f"{FLAG} {self.path}: a file with a ':' in its path, and ':' joins several; name it by a path without, "
                 "as of a link"
             )
+        if "" in parts:
+            raise ConfigError(f"{FLAG} {self.path}: an empty path before, between or after ':', which joins several")
         return parts
 
     def settings(self) -> Dict[str, Any]:

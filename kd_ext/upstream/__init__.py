@@ -33,6 +33,7 @@ TOUCHES = (
     "several_parts",
     "torch_compile",
     "runs_that_ended",  # after the pass before the first update
+    "validated_training_set",
     "same_files",  # before all that looks at a checkpoint
 )
 

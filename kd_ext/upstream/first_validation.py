@@ -20,10 +20,11 @@ _HIGHER_IS_BETTER = ("bleu", "accuracy")
 
 
 def apply() -> None:
-    """Look at ``--best-checkpoint-metric`` and at the lengths of validation sentences (fairseq 0.12.2).
+    """Look at ``--best-checkpoint-metric``, and at which sets are there and how long sentences (fairseq 0.12.2).
 
     Of a score that nothing logs fairseq ends with a KeyError where it is to be compared, and of a sentence longer than
     the model's positions, or than a batch, with an error where the batches are made: before a checkpoint is written.
+    So it does of other sets than ``valid`` with ``--combine-valid-subsets``, which loads that one alone.
     """
     original = checkpoint_utils.load_checkpoint
     if getattr(original, "_kd_ext_looks", False):
@@ -32,12 +33,21 @@ def apply() -> None:
     @functools.wraps(original)
     def load_checkpoint(cfg, trainer, **kwargs):
         if isinstance(getattr(trainer, "task", None), TranslationTask) and not trainer.cfg.dataset.disable_validation:
+            _check_combined(trainer.cfg.dataset)
             _check_metric(trainer)
             _check_lengths(trainer)
         return original(cfg, trainer, **kwargs)
 
     load_checkpoint._kd_ext_looks = True
     checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def _check_combined(cfg: Any) -> None:
+    if cfg.combine_valid_subsets and cfg.valid_subset != "valid":
+        raise ConfigError(
+            f"--valid-subset {cfg.valid_subset}: --combine-valid-subsets validates on one set, of valid, valid1, ... "
+            "together; leave one of the two out"
+        )
 
 
 def _check_metric(trainer: Any) -> None:

@@ -14,8 +14,11 @@ from fairseq.file_io import PathManager
 from kd_ext.errors import ConfigError
 from kd_ext.files.folder_lock import hold
 from kd_ext.files.writing import make_folder
+from kd_ext.parsing import typed_flags
 
 _WRITTEN = re.compile(r"checkpoint.*\.pt|crash\.pt")
+_DATA = re.compile(r"dict\..*|.*\.(bin|idx)|[^.]+\.[^.]+-[^.]+(\.[^.]+)?")  # of a folder of data
+_IS_LOG = re.compile("--log[-_]file")
 _INPUTS: Dict[str, Callable[[Any], List[str]]] = {}
 
 
@@ -58,6 +61,7 @@ def apply() -> None:
 
 def _holding_add_defaults(cfg: Any) -> None:
     add_defaults(cfg)
+    _check_log(cfg)
     if is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
         _check_inputs(cfg)
         _hold(cfg.checkpoint.save_dir)
@@ -89,6 +93,24 @@ def _check_inputs(cfg: Any) -> None:
                     f"{flag} {path}: the run would write over it, as {os.path.join(folder, name)}; name another "
                     f"--save-dir than {folder}"
                 )
+
+
+def _check_log(cfg: Any) -> None:
+    """See that the log, which is appended to a file that is there, is not to go to one that is read, or a checkpoint.
+
+    Raises:
+        ConfigError: it is
+    """
+    log = cfg.common.log_file
+    if log is None or not os.path.isfile(log):
+        return
+    real = os.path.realpath(log)
+    folders = map(os.path.realpath, utils.split_paths(getattr(cfg.task, "data", None) or ""))
+    typed = [part for flag, value in typed_flags() if not _IS_LOG.match(flag) for part in re.split("[=:,]", value)]
+    read = [*typed, *(path for paths in _INPUTS.values() for path in paths(cfg.task))]
+    is_data = os.path.dirname(real) in folders and _DATA.fullmatch(os.path.basename(real))
+    if log.endswith(".pt") or is_data or real in map(os.path.realpath, read):
+        raise ConfigError(f"--log-file {log}: the log would be appended to that file, which is no log; name another")
 
 
 def _written(folder: str) -> Dict[str, str]:

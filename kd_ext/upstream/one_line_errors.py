@@ -66,6 +66,9 @@ _WITHOUT_A_FLAG = {  # what fairseq says of a flag that it does not name
     "more, and a batch holds one at least; give a larger one",
     r"Could not infer language pair": "no pair of languages is in the names of the data's files; name the folder that "
     "fairseq-preprocess wrote, or give --source-lang and --target-lang",
+    r"world size is (\d+) but have (\d+) available devices": "--distributed-world-size {0}: fairseq starts a process "
+    "on each of this machine's GPUs, of which there are {1}; start several on a CPU, or on several machines, by "
+    "python -m torch.distributed.run",
     r"Source and target must contain the same number": "a set has other numbers of sentences on its two sides, as the "
     "lines before say (loaded ... examples from); preprocess both again, of as many lines each",
     r"The dataset is empty\.": "no sentence of a set is left: each is longer than --max-source-positions, "
