@@ -226,7 +226,7 @@ VALIDATION = {
     ),
     "one set of several": (
         "--valid-subset valid,test --combine-valid-subsets",
-        ["--valid-subset valid,test: --combine-valid-subsets validates on one set"],
+        ["--valid-subset valid,test: --combine-valid-subsets makes one set", "there is no test; leave"],
     ),
     "more than a batch": ("--max-tokens-valid 6", ["--max-tokens-valid 6: a sentence of --valid-subset valid has 12"]),
     "more than a batch of training": ("--max-tokens 8", ["--max-tokens-valid 8: ", "12 or more (it is --max-tokens"]),
@@ -265,6 +265,7 @@ def test_before_the_first_validation(train, tmp_path, flags, parts):
         ("--best-checkpoint-metric bleu --disable-validation", None),
         ("--max-source-positions 9 --max-target-positions 9 --skip-invalid-size-inputs-valid-test", None),
         ("--max-tokens-valid 12", None),
+        ("--valid-subset train,valid --combine-valid-subsets", None),
         ("--max-tokens-valid -1 --batch-size-valid 4", None),
     ],
 )

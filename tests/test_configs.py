@@ -162,6 +162,16 @@ def test_a_recipe_that_is_not_there(folder, name, said, form, monkeypatch):
     assert "Traceback" not in result.output
 
 
+def test_fairseqs_own_recipe(tmp_path):
+    """A file without the ending is none."""
+    (tmp_path / "teacher").touch()
+    for name in ("config", "config.yaml"):
+        result = run_as_typed("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", name, "--cfg", "job")
+        assert result.returncode == 0, result.output
+    result = run_as_typed("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "teacher", "--cfg", "job")
+    assert result.last_line.startswith("kd_ext: error: --config-name teacher: no recipe in ")
+
+
 MISSPELT = {
     "+model.dropuot=0.5": "model.dropuot: no setting of transformer_ext; near to it: dropout",
     "+model.zzz=null": "model.zzz: no setting of transformer_ext; leave it out",

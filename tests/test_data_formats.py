@@ -1,9 +1,11 @@
 """Data that is not mmap: what fairseq-preprocess --dataset-impl lazy, or raw, writes."""
 
+import os
 import pickle
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from commands import PLUGIN, run
@@ -115,6 +117,27 @@ def test_a_file_that_is_longer(made, data, tmp_path, caplog):
     assert "test.src-tgt.src.bin: its index ends" in caplog.text
 
 
+def test_an_index_in_another_order(data, tmp_path, caplog):
+    """Or of some sentences, as other tools make them."""
+    folder = whole(shutil.copytree, data, tmp_path / "data")
+    prefix = str(folder / "test.src-tgt.src")
+    made = indexed_dataset.make_dataset(prefix, "mmap")
+    order, dtype = np.array([3, 19, 7, 0]), made._index.dtype
+    sizes, pointers = made._index._sizes[order], made._index._pointers[order]
+    wanted = [made[i] for i in order]
+    with indexed_dataset.MMapIndexedDataset.Index.writer(f"{prefix}.idx.new", dtype) as writer:
+        writer._get_pointers = lambda _: pointers
+        writer.write(sizes)
+    del made
+    os.replace(f"{prefix}.idx.new", f"{prefix}.idx")
+    found = data_utils.load_indexed_dataset(prefix, None)
+    assert all(map(torch.equal, found, wanted))
+    assert "its index ends" not in caplog.text
+    cut(folder / "test.src-tgt.src.bin", -1)
+    with pytest.raises(ConfigError, match="cut off"):
+        data_utils.load_indexed_dataset(prefix, None)
+
+
 @FORMATS
 @pytest.mark.parametrize("asked", ["mmap", "lazy", "cached"])
 def test_a_format_that_is_asked_for(made, asked, data, tmp_path):
@@ -134,12 +157,23 @@ def test_a_format_that_is_asked_for(made, asked, data, tmp_path):
 
 
 @FORMATS
-def test_a_set_without_a_sentence(made, data, tmp_path):
+@pytest.mark.parametrize("has_an_empty_sentence", [False, True])
+def test_a_set_without_a_sentence(made, has_an_empty_sentence, data, tmp_path):
     prefix = str(whole(made, data, tmp_path / "data") / "valid.src-tgt.tgt")
     builder = indexed_dataset.make_builder(f"{prefix}.bin", "lazy" if made is as_lazy else "mmap", vocab_size=99)
+    if has_an_empty_sentence:
+        builder.add_item(torch.tensor([], dtype=torch.int32))
     builder.finalize(f"{prefix}.idx")
     with pytest.raises(ConfigError, match=f"^{re.escape(prefix)}: a set without a sentence; .*--disable-validation"):
         data_utils.load_indexed_dataset(prefix, None)
+
+
+def test_huffman_coded_data_is_another_format(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    prefix = tmp_path / "data" / "test.src-tgt.src"
+    prefix.with_name("test.src-tgt.src.idx").write_bytes(b"HUFFIDX\x00\x00" + bytes(99))
+    with pytest.raises(ConfigError, match=r"^--dataset-impl mmap: .* is in another format"):
+        data_utils.load_indexed_dataset(str(prefix), None, "mmap")
 
 
 TEACHER = "--teacher-checkpoint-path"

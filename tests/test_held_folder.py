@@ -17,7 +17,7 @@ from conftest import KD, SIZES, TRAINING
 
 from kd_ext.errors import ConfigError
 from kd_ext.files import folder_lock
-from kd_ext.upstream.held_folder import _check_inputs
+from kd_ext.upstream.held_folder import _check_inputs, _check_log
 
 UPSTREAM = ["--criterion", "label_smoothed_cross_entropy"]
 ENDLESS = [*UPSTREAM, "--max-epoch", 10**6, "--save-interval-updates", 1, "--keep-interval-updates", 1]
@@ -297,14 +297,26 @@ def test_a_log_is_appended_to_no_file_that_is_read(what, data, teacher, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_log_is_appended_to_a_log(data, tmp_path):
+@pytest.mark.parametrize("name", ["train.log", "distil.src-tgt.log", "run.2024-05-01"])
+def test_a_log_is_appended_to_a_log(name, data, tmp_path):
     """Wherever it is."""
     shutil.copytree(data, tmp_path / "bin")
-    log = tmp_path / "bin/train.log"
+    log = tmp_path / "bin" / name
     for updates in (1, 2):
-        flags = ["--save-dir", tmp_path / "run", "--arch", "transformer", *SIZES, "--max-update", updates]
-        result = run(
-            tmp_path / "log", "fairseq-train", tmp_path / "bin", *TRAINING, *UPSTREAM, *flags, "--log-file", log
-        )
+        flags = [*UPSTREAM, "--save-dir", tmp_path / "run", "--arch", "transformer", *SIZES, "--max-update", updates]
+        result = run(tmp_path / "log", "fairseq-train", tmp_path / "bin", *TRAINING, *flags, "--log-file", log)
         assert result.returncode == 0, result.output
         assert log.read_text().count("done training") == updates
+
+
+@pytest.mark.parametrize(
+    "words", [["--multirun", "common.log_file={}"], ["--log_file={}"], ["-m", "+common.log_file={}"]]
+)
+def test_a_log_is_not_taken_for_another_flags_value(words, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    log.write_text("of the job before")
+    monkeypatch.setattr(sys, "argv", ["fairseq-hydra-train", *(word.format(log) for word in words)])
+    _check_log(SimpleNamespace(common=SimpleNamespace(log_file=str(log)), task=SimpleNamespace(data=str(tmp_path))))
+    sys.argv += ["--finetune-from-model", f"other.pt:{log}"]
+    with pytest.raises(ConfigError, match=f"^--log-file {log}: "):
+        _check_log(SimpleNamespace(common=SimpleNamespace(log_file=str(log)), task=SimpleNamespace(data=None)))

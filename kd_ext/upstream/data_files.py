@@ -16,7 +16,9 @@ from kd_ext.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _MMAP, _OLD = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
+_HUFFMAN = b"HUFFIDX\x00\x00"
 _BEGINNINGS = {"mmap": _MMAP, "lazy": _OLD, "cached": _OLD}  # of an index, by --dataset-impl
+_AT_ONCE = 2**22  # sentences
 _REMEDY = "copy both files again from where fairseq-preprocess wrote them, or preprocess again"
 
 
@@ -68,13 +70,13 @@ def _check(path: str, impl: str) -> None:
     index, tokens = index_file_path(path), data_file_path(path)
     with open(index, "rb") as file:
         begins = file.read(len(_MMAP))
-        if begins.startswith((_MMAP, _OLD)) and not begins.startswith(_BEGINNINGS[impl]):
+        if begins.startswith((_MMAP, _OLD, _HUFFMAN)) and not begins.startswith(_BEGINNINGS[impl]):
             raise ConfigError(f"--dataset-impl {impl}: {path} is in another format; leave it out, as files tell theirs")
         try:
             count, wanted = _sizes(file, _BEGINNINGS[impl])
         except (struct.error, KeyError) as error:
             raise ConfigError(f"{index}: no whole index of a set; {_REMEDY}") from error
-    if count == 0:
+    if count == 0 or wanted == 0:
         raise ConfigError(
             f"{path}: a set without a sentence; name one that has some (--train-subset, --valid-subset, --gen-subset), "
             "or do without validation (--disable-validation)"
@@ -106,11 +108,19 @@ def _sizes(file: BinaryIO, begins: bytes) -> Tuple[int, int]:
         code, count = read("<BQ", 17)
         if count == 0:
             return 0, 0
-        (length,), (place,) = read("<i", 26 + 4 * (count - 1)), read("<q", 26 + 12 * count - 8)
-        return count, place + length * np.dtype(indexed_dataset._code_to_dtype[code]).itemsize
+        read("<q", 26 + 12 * count - 8)  # the last place
+        return count, _end(file.name, count, np.dtype(indexed_dataset._code_to_dtype[code]).itemsize)
     # then version, dtype, bytes of a token, counts of sentences and of lengths, shapes' and sentences' places, lengths
     size, count, lengths = read("<QQQ", 24)
     (end,) = read("<q", 48 + 8 * (2 * count + 1))
     if lengths:
         read("<q", 48 + 8 * (2 * count + 1 + lengths))
     return count, end * size
+
+
+def _end(index: str, count: int, size: int) -> int:
+    """Where the last token of all ends; sentences may be in another order than their tokens."""
+    lengths = np.memmap(index, "<i4", mode="r", offset=26, shape=count)
+    places = np.memmap(index, "<i8", mode="r", offset=26 + 4 * count, shape=count)
+    parts = (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
+    return max(int((places[part] + lengths[part].astype(np.int64) * size).max()) for part in parts)

@@ -46,8 +46,8 @@ def _refuse_a_recipe_that_is_not_there() -> None:
     folders, names = _given("--config-dir", "-cd"), _given("--config-name", "-cn")
     if "fairseq_cli" not in sys.modules or not folders or not names:
         return
-    folder, name = folders[-1], names[-1]
-    if name == "config" or any(os.path.isfile(os.path.join(folder, name + end)) for end in ("", ".yaml")):
+    folder, name = folders[-1], re.sub(r"\.yaml$", "", names[-1])
+    if name == "config" or os.path.isfile(os.path.join(folder, f"{name}.yaml")):  # the former is fairseq's own
         return
     found = sorted(file[: -len(".yaml")] for file in _names_in(folder) if file.endswith(".yaml"))
     shown = f"there are {', '.join(found)}" if found else "it has no recipe (.yaml)"

@@ -43,10 +43,11 @@ def apply() -> None:
 
 
 def _check_combined(cfg: Any) -> None:
-    if cfg.combine_valid_subsets and cfg.valid_subset != "valid":
+    others = set(cfg.valid_subset.split(",")) - {"valid", cfg.train_subset}
+    if cfg.combine_valid_subsets and others:
         raise ConfigError(
-            f"--valid-subset {cfg.valid_subset}: --combine-valid-subsets validates on one set, of valid, valid1, ... "
-            "together; leave one of the two out"
+            f"--valid-subset {cfg.valid_subset}: --combine-valid-subsets makes one set, valid, of valid, valid1, ..., "
+            f"and then there is no {sorted(others)[0]}; leave one of the two flags out"
         )
 
 

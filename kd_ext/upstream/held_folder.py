@@ -17,8 +17,8 @@ from kd_ext.files.writing import make_folder
 from kd_ext.parsing import typed_flags
 
 _WRITTEN = re.compile(r"checkpoint.*\.pt|crash\.pt")
-_DATA = re.compile(r"dict\..*|.*\.(bin|idx)|[^.]+\.[^.]+-[^.]+(\.[^.]+)?")  # of a folder of data
-_IS_LOG = re.compile("--log[-_]file")
+_DATA = re.compile(r"dict\..*\.txt|.*\.(bin|idx)|\w+\.([^.-]+)-([^.]+)\.(\2|\3)")  # of a folder of data
+_IS_LOG = re.compile("log[-_]file")
 _INPUTS: Dict[str, Callable[[Any], List[str]]] = {}
 
 
@@ -106,7 +106,8 @@ def _check_log(cfg: Any) -> None:
         return
     real = os.path.realpath(log)
     folders = map(os.path.realpath, utils.split_paths(getattr(cfg.task, "data", None) or ""))
-    typed = [part for flag, value in typed_flags() if not _IS_LOG.match(flag) for part in re.split("[=:,]", value)]
+    others = (value for flag, value in typed_flags() if not _IS_LOG.search(flag + value))
+    typed = [part for value in others for part in re.split("[=:,]", value)]
     read = [*typed, *(path for paths in _INPUTS.values() for path in paths(cfg.task))]
     is_data = os.path.dirname(real) in folders and _DATA.fullmatch(os.path.basename(real))
     if log.endswith(".pt") or is_data or real in map(os.path.realpath, read):

@@ -39,7 +39,7 @@ def apply() -> None:
 
 def _warn_of_one_part(data_path, split, combine, upsample_primary, **_) -> None:
     second = os.path.join(glob.escape(data_path), f"{glob.escape(split)}1.*")
-    if combine and not glob.glob(second):
+    if combine and split == "train" and not glob.glob(second):
         logger.warning(
             "--upsample-primary %s: %s has no %s1, and the one %s is taken as it is",
             *(upsample_primary, data_path, split, split),
