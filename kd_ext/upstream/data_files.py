@@ -73,10 +73,10 @@ def _check(path: str, impl: str) -> None:
         if begins.startswith((_MMAP, _OLD, _HUFFMAN)) and not begins.startswith(_BEGINNINGS[impl]):
             raise ConfigError(f"--dataset-impl {impl}: {path} is in another format; leave it out, as files tell theirs")
         try:
-            count, wanted = _sizes(file, _BEGINNINGS[impl])
+            wanted = _bytes_of_tokens(file, _BEGINNINGS[impl])
         except (struct.error, KeyError) as error:
             raise ConfigError(f"{index}: no whole index of a set; {_REMEDY}") from error
-    if count == 0 or wanted == 0:
+    if wanted == 0:
         raise ConfigError(
             f"{path}: a set without a sentence; name one that has some (--train-subset, --valid-subset, --gen-subset), "
             "or do without validation (--disable-validation)"
@@ -90,8 +90,8 @@ def _check(path: str, impl: str) -> None:
         )
 
 
-def _sizes(file: BinaryIO, begins: bytes) -> Tuple[int, int]:
-    """How many sentences an index has, and bytes of tokens.
+def _bytes_of_tokens(file: BinaryIO, begins: bytes) -> int:
+    """How many an index has places for.
 
     Raises:
         struct.error: it is shorter than it says itself
@@ -107,15 +107,15 @@ def _sizes(file: BinaryIO, begins: bytes) -> Tuple[int, int]:
     if begins == _MMAP:  # then version, dtype, count, 4 bytes for each length, 8 for each place
         code, count = read("<BQ", 17)
         if count == 0:
-            return 0, 0
+            return 0
         read("<q", 26 + 12 * count - 8)  # the last place
-        return count, _end(file.name, count, np.dtype(indexed_dataset._code_to_dtype[code]).itemsize)
+        return _end(file.name, count, np.dtype(indexed_dataset._code_to_dtype[code]).itemsize)
     # then version, dtype, bytes of a token, counts of sentences and of lengths, shapes' and sentences' places, lengths
     size, count, lengths = read("<QQQ", 24)
     (end,) = read("<q", 48 + 8 * (2 * count + 1))
     if lengths:
         read("<q", 48 + 8 * (2 * count + 1 + lengths))
-    return count, end * size
+    return end * size
 
 
 def _end(index: str, count: int, size: int) -> int:
