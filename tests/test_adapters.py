@@ -1,6 +1,7 @@
 """Adapters: what they compute, what trains, which one is used, and every wrong flag."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -153,6 +154,23 @@ def test_dropout_that_is_retained_at_inference(names):
         outputs = adapter(torch.ones(16)), adapter(torch.ones(16))
         assert torch.equal(*outputs) == (names == ["TransformerDecoderLayer"])
     assert len(sets) == 4
+
+
+@pytest.mark.parametrize("kind", [{}, adapters(train="hi"), both(recurrent_stacking=2)], ids=["", "adapted", "stacked"])
+@pytest.mark.parametrize("side", ["Encoder", "Decoder"])
+@pytest.mark.parametrize("part", ["", "LayerBase"])
+def test_dropout_is_retained_by_the_names_of_upstreams_classes(kind, side, part):
+    """As of an upstream model, whose layers have these names."""
+    model = build(**kind, dropout=0.3).eval()
+    upstream = build("transformer", dropout=0.3).eval()
+    name = f"Transformer{side}{part}"
+    kept = []
+    for each in (model, upstream):
+        each.make_generation_fast_(retain_dropout=True, retain_dropout_modules=[name])
+        found = [path for path, x in each.named_modules() if getattr(x, "apply_during_inference", False)]
+        kept.append({re.sub(r"\.layers\.\d+", ".layers.N", path) for path in found})
+    assert kept[0] == kept[1]
+    assert kept[0]
 
 
 def test_activation_at_inference():

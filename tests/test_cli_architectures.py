@@ -173,6 +173,35 @@ def test_without_a_base(train, tmp_path, start, line):
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_an_adapter_that_was_never_trained(adapted, data, tmp_path):
+    """It is named all the same, on a checkpoint that trained another."""
+    for name, warnings in (("hi", 0), ("ta", 2)):
+        command = [data, *PLUGIN, "--path", adapted["hi"][0], "--cpu", *activate(name)]
+        result = run(tmp_path / "log", "fairseq-generate", *command)
+        assert result.returncode == 0, result.output
+        assert result.output.count("it is as it began, and adds nothing") == warnings
+    assert f"--activate-decoder-adapter ta: in {adapted['hi'][0]} it is as it began" in result.output
+
+
+@pytest.mark.parametrize("what", ["no settings", "not a number"])
+def test_a_base_of_which_nothing_can_be_told(train, teacher, tmp_path, what):
+    state = load(teacher)
+    if what == "no settings":
+        torch.save({"model": state["model"]}, tmp_path / "base.pt")
+        said = (
+            "it has no settings of its model (args or cfg), so nothing tells whether what --encoder-train-adapter hi "
+        )
+    else:
+        state["model"]["encoder.layers.0.fc1.weight"][0] = float("nan")
+        torch.save(state, tmp_path / "base.pt")
+        said = "its weights give what is not a number; name a checkpoint that was saved before"
+    flags = [*CRITERION, *adapter_flags("hi"), *FLAGS, "--load-checkpoint-liberally", "--max-update", "1"]
+    flags += ["--finetune-from-model", tmp_path / "base.pt", "--activation-fn", "gelu"]
+    result = train(tmp_path / "run", *flags, arch="transformer_adapter")
+    assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/base.pt: {said}"), result.output[-1500:]
+    assert "Traceback" not in result.output
+
+
 def test_random_weights_are_trained_if_nothing_is_frozen(train, tmp_path):
     """A script names what its first run is yet to write; any other file that is not there is an error."""
     flags = [f"--{side}-{name}" for side in SIDES for name in ("add-adapters", "adapter-ids=hi")]

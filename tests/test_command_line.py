@@ -1,9 +1,10 @@
 """--help, and flags that are not understood, as they are typed."""
 
 import re
+import subprocess
 
 import pytest
-from commands import PLUGIN, run, run_as_typed
+from commands import ENVIRONMENT, PLUGIN, run, run_as_typed, script
 
 OURS = ["--kd-strategy", "--teacher-checkpoint-path", "--teacher-cache-dir", "--alpha", "--kd-rate", "--kd-temperature"]
 OURS += ["--encoder-add-adapters", "--decoder-train-adapter", "--adapter-activation-fn", "--load-checkpoint-liberally"]
@@ -199,6 +200,14 @@ def test_files_by_name_and_value_in_one_word(student, data, tmp_path):
         assert result.last_line.startswith(f"kd_ext: error: --input {tmp_path}/{name}: {said}")
     result = run(tmp_path / "log", "fairseq-validate", data, *PLUGIN, "--path", student, "--cpu", "--max-tokens", "3")
     assert result.last_line.startswith("kd_ext: error: --max-tokens 3 (or --max-tokens-valid): a sentence has more")
+
+
+def test_what_is_typed_in_another_encoding(student, data):
+    command = [script("fairseq-interactive"), str(data), *PLUGIN, "--path", str(student), "--cpu"]
+    strict = {**ENVIRONMENT, "PYTHONIOENCODING": "utf-8"}  # as most locales have it
+    done = subprocess.run(command, input=b"w1 \xff\n", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=strict)
+    last = done.stderr.decode().strip().splitlines()[-1]
+    assert last.startswith("kd_ext: error: --input -: not in UTF-8 (byte 3: ")
 
 
 WITHOUT_SACREMOSES = (

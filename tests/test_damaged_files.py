@@ -194,4 +194,28 @@ def test_resuming_from_the_only_checkpoint_cut_short(train, tmp_path):
     result = train(tmp_path, "--criterion", "label_smoothed_cross_entropy", "--max-update", "2")
     assert result.returncode != 0
     assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/checkpoint_last.pt: damaged, cut short, or not a")
-    assert result.last_line.endswith("; beside it is no whole one")
+    assert result.last_line.endswith("; beside it is no whole checkpoint*.pt")
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "weights alone", "protocol"])
+def test_checkpoints_as_scripts_leave_them(student, data, tmp_path, kind):
+    """Whole, and not what a command can take: one line says why."""
+    state, path = load(student), tmp_path / "one.pt"
+    if kind == "wrapped":
+        state["model"] = {f"module.{name}": x for name, x in state["model"].items()}
+        said = "its weights are those of a wrapper, with names that begin with 'module.'; save those of the model in it"
+    elif kind == "weights alone":
+        state = {"model": state["model"]}
+        said = "no settings of a model (args or cfg) beside the weights; name a checkpoint that fairseq-train wrote"
+    else:
+        said = "saved with pickle protocol 5, which torch reads only where it may run code; where you trust it, save it"
+    torch.save(state, path, pickle_protocol=5 if kind == "protocol" else 2)
+    result = run(tmp_path / "log", "fairseq-generate", data, *PLUGIN, "--path", path, "--cpu")
+    if kind == "protocol" and not HAS_SAFE_GLOBALS:
+        assert result.returncode == 0
+        return
+    assert result.last_line.startswith(f"kd_ext: error: {path}: {said}")
+    assert "Traceback" not in result.output
+    if kind == "wrapped":
+        with pytest.raises(ConfigError, match="those of a wrapper"):
+            adapters.describe(str(path))

@@ -143,6 +143,10 @@ def test_without_an_optimizers_state_nothing_goes_on(distil, tmp_path):
         f"kd_ext: error: {tmp_path}/checkpoint_last.pt: it has no optimizer state, from "
     )
     assert (tmp_path / "checkpoint_last.pt").read_bytes() == before
+    for nothing in (None, {}):  # as scripts leave it
+        torch.save({**load(tmp_path / "checkpoint_last.pt"), "last_optimizer_state": nothing}, tmp_path / "emptied.pt")
+        result = distil(tmp_path / "other", "--max-update", 6, "--restore-file", tmp_path / "emptied.pt")
+        assert result.last_line.startswith(f"kd_ext: error: {tmp_path}/emptied.pt: it has no optimizer state, from ")
     reset = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
     assert distil(tmp_path, "--max-update", 2, *reset).returncode == 0
 

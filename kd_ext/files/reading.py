@@ -14,6 +14,7 @@ from kd_ext.errors import ConfigError
 MOST_TIMES = 20  # that an archive unfolds to its own size; torch compresses nothing
 # torch < 1.6 and its option write this number first, then pickles
 _MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+_OWN_PROTOCOL = 2  # torch.save's
 _FOLDER = 0x10  # of MS-DOS, in an archive's attributes
 # by which torch advises to load a file unsafely
 _ADVICE = re.compile(r"weights_only|add_safe_globals|arbitrary code", re.IGNORECASE)
@@ -94,10 +95,30 @@ def _explanation(path: str, expected: str, error: Exception) -> ConfigError:
         reason = f"refused, it refers to {foreign[1]}, which no {expected} does: loading it could run code"
     else:
         said = (str(error).strip().splitlines() or [""])[0]
+        protocol = _protocol(path)
+        if protocol > _OWN_PROTOCOL:
+            said = (
+                f"saved with pickle protocol {protocol}, which torch reads only where it may run code; where you trust "
+                "it, save it again: torch.save(torch.load(FILE, weights_only=False), OTHER)"
+            )
+            return ConfigError(f"{path}: {said}")
         if _ADVICE.search(said):
             said = "torch finds in it what is not in files of tensors"
         reason = f"damaged, cut short, or not a {expected} ({type(error).__name__}: {said})"
     return ConfigError(f"{path}: {reason}")
+
+
+def _protocol(path: str) -> int:
+    """Of the pickle in an archive; 0 where there is none."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        found = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if not found:
+            return 0
+        with archive.open(found[0]) as file:
+            begin = file.read(2)
+    return begin[1] if begin[:1] == b"\x80" and len(begin) == 2 else 0
 
 
 def _changed_part(path: str) -> Optional[str]:

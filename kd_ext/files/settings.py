@@ -38,8 +38,13 @@ def origin(text: str) -> Optional[Setting]:
     return _origins.get(text)
 
 
+_WRAPPED = "module."  # by DistributedDataParallel
+
+
 def check(path: str, state: Any) -> None:
     """See that what was read from a checkpoint is as :func:`check_size` has it, and its settings are plain data.
+
+    Also that its weights have the names that a model gives them.
 
     A reference to another setting in the same file (``${common.seed}``) is understood by omegaconf. All others would
     look elsewhere: in the environment, in a file, in each other without end.
@@ -55,6 +60,12 @@ def check(path: str, state: Any) -> None:
     if isinstance(state, dict):
         for part in _PARTS:
             _check_settings(path, part, state.get(part))
+        weights = state.get("model")
+        if isinstance(weights, dict) and weights and all(str(name).startswith(_WRAPPED) for name in weights):
+            raise ConfigError(
+                f"{path}: its weights are those of a wrapper, with names that begin with '{_WRAPPED}'; save those of "
+                "the model in it, as of model.module"
+            )
 
 
 def check_size(path: str, content: Any) -> None:

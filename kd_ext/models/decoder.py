@@ -2,13 +2,13 @@
 
 from typing import List
 
-from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.models.transformer import TransformerDecoder, TransformerDecoderBase
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import nn
 
 from kd_ext.models.build_depth import build_adapters, wrap_extended
 from kd_ext.models.extension_flags import SideSettings
-from kd_ext.models.layers import AdaptedDecoderLayer
+from kd_ext.models.layers import AdaptedDecoderLayer, name_dropout
 from kd_ext.modules.factorized_embedding import FactorizedProjection, TiedFactorizedProjection
 from kd_ext.modules.recurrent_stack import RepeatedDecoderLayer
 
@@ -25,6 +25,7 @@ class TransformerExtDecoder(TransformerDecoderBase):
         self._built: List[nn.Module] = []  # by build_decoder_layer, which the base class calls
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn)
         del self._built
+        name_dropout(self, TransformerDecoder.__name__)
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         adapters = build_adapters(self._settings.adapters, cfg.decoder.embed_dim, cfg.dropout)

@@ -2,13 +2,13 @@
 
 from typing import List
 
-from fairseq.models.transformer import TransformerEncoderBase
+from fairseq.models.transformer import TransformerEncoder, TransformerEncoderBase
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import nn
 
 from kd_ext.models.build_depth import build_adapters, wrap_extended, wrap_plain
 from kd_ext.models.extension_flags import SideSettings
-from kd_ext.models.layers import AdaptedEncoderLayer, LeanEncoderLayer
+from kd_ext.models.layers import AdaptedEncoderLayer, LeanEncoderLayer, name_dropout
 from kd_ext.modules.recurrent_stack import RepeatedLayer
 
 
@@ -24,6 +24,7 @@ class TransformerExtEncoder(TransformerEncoderBase):
         self._built: List[nn.Module] = []  # by build_encoder_layer, which the base class calls
         super().__init__(cfg, dictionary, embed_tokens)
         del self._built
+        name_dropout(self, TransformerEncoder.__name__)
 
     def build_encoder_layer(self, cfg):
         adapters = build_adapters(self._settings.adapters, cfg.encoder.embed_dim, cfg.dropout)

@@ -2,6 +2,7 @@
 
 import re
 
+from fairseq.modules import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import nn
 
@@ -33,11 +34,19 @@ def _drop_from(layer: TransformerEncoderLayerBase) -> None:
             delattr(layer, name)
 
 
+def name_dropout(module: nn.Module, name: str) -> None:
+    """Have ``--retain-dropout-modules`` find a module's own dropout by the name of upstream's class."""
+    for child in module.children():
+        if isinstance(child, FairseqDropout):
+            child.module_name = name
+
+
 class LeanEncoderLayer(TransformerEncoderLayerBase):
     """Upstream's encoder layer without its eight dead parameters; checkpoints load with and without them."""
 
     def __init__(self, cfg, return_fc=False):
         super().__init__(cfg, return_fc=return_fc)
+        name_dropout(self, TransformerEncoderLayerBase.__name__)
         _drop_from(self)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -60,6 +69,7 @@ class AdaptedEncoderLayer(LeanEncoderLayer):
 class AdaptedDecoderLayer(TransformerDecoderLayerBase):
     def __init__(self, cfg, no_encoder_attn, adapters):
         super().__init__(cfg, no_encoder_attn)
+        name_dropout(self, TransformerDecoderLayerBase.__name__)
         self.adapters = adapters
 
     def forward(self, x, *args, **kwargs):

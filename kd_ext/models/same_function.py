@@ -74,6 +74,8 @@ def check_same_function(path: str, saved: Any, settings: Any, liberally: bool, p
     if not reference or outputs is None:
         logger.warning("cannot tell whether the weights of %s compute the same here: other %s", path, ", ".join(keys))
         return
+    if any(bool(found.isnan().any()) for found in reference.values()):
+        raise ConfigError(f"{path}: its weights give what is not a number; name a checkpoint that was saved before")
     if _agree(reference, outputs):
         return
 

@@ -1,6 +1,7 @@
 """``--activate-encoder-adapter`` and ``--activate-decoder-adapter`` for generation and validation."""
 
 import functools
+import logging
 
 from fairseq import checkpoint_utils, options
 from fairseq.dataclass.configs import CommonEvalConfig
@@ -9,6 +10,8 @@ from fairseq.models import FairseqEncoderDecoderModel
 from kd_ext.errors import ConfigError
 from kd_ext.overrides import parse_overrides
 from kd_ext.upstream.added_flags import fold_into_overrides
+
+logger = logging.getLogger(__name__)
 
 
 def apply() -> None:
@@ -96,6 +99,8 @@ def _prepare(path, model, overrides) -> None:
 
     if isinstance(model, TransformerExtModel):
         model.requires_grad_(True)
+        for key, side in _settings()[0].items():
+            _warn_of_untrained(path, getattr(model, side), f"--{key.replace('_', '-')}", overrides.get(key))
     elif isinstance(model, FairseqEncoderDecoderModel):  # not a language model that is fused in
         sides, no_adapter = _settings()
         for key in sides:
@@ -104,3 +109,10 @@ def _prepare(path, model, overrides) -> None:
                     f"--{key.replace('_', '-')} {overrides[key]}: {path} is a {type(model).__name__}, which has no "
                     f"adapters; use '{no_adapter}', or a checkpoint of a transformer_adapter architecture"
                 )
+
+
+def _warn_of_untrained(path, stack, flag, adapter_id) -> None:
+    """An adapter begins with zeros behind its bottleneck, by which it adds nothing."""
+    behind = [x for name, x in stack.named_parameters() if f".adapters.{adapter_id}.up." in name]
+    if behind and not any(bool(x.any()) for x in behind):
+        logger.warning("%s %s: in %s it is as it began, and adds nothing", flag, adapter_id, path)

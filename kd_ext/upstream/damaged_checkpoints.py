@@ -43,7 +43,7 @@ def apply() -> None:
             if (typed := typed_overrides()) and _is_whole(path):
                 raise ConfigError(f"{FLAG} {typed}: {error}; give other values") from error
             whole = _newest_whole_beside(path)
-            advice = f"the newest whole one beside it is {whole}" if whole else "beside it is no whole one"
+            advice = f"the newest whole one beside it is {whole}" if whole else "beside it is no whole checkpoint*.pt"
             raise ConfigError(f"{error}; {advice}") from error
 
     load_checkpoint_to_cpu._kd_ext = True
@@ -69,6 +69,11 @@ def _building(original):
                 raise
             for path in filenames:
                 _check_architecture(path)
+            if str(error).startswith("Neither args nor cfg exist"):
+                raise ConfigError(
+                    f"{':'.join(filenames)}: no settings of a model (args or cfg) beside the weights; name a "
+                    "checkpoint that fairseq-train wrote"
+                ) from error
             place = traceback.extract_tb(error.__traceback__)[-1]
             said = in_short(error)
             made_of = f"settings, {FLAG} {typed_overrides()}, and" if typed_overrides() else "settings and"

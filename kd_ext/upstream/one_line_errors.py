@@ -41,7 +41,7 @@ def apply() -> None:
     sys.excepthook = excepthook
 
 
-_OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]|pip install [a-z]")  # or of a package that a flag needs
+_OF_A_FLAG = re.compile(r"(?<![\w-])--[a-z]|(?i:please|pip) install [a-z]")  # or of a package that a flag needs
 # what a flag's value or a model's settings are refused by
 _KINDS = (ValueError, AssertionError, NotImplementedError, RuntimeError, ImportError, FileNotFoundError)
 _PLAIN = "Exception"  # by which sentences that are too long are refused
@@ -117,8 +117,8 @@ def _of_a_file(error: Optional[BaseException]) -> Optional[str]:
                 return f"{flag} {value}{_inner(error.filename, value)}: {error.strerror}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR) and _is_fairseqs(error):
             return _of_data(error.filename, error.strerror)
-    if isinstance(error, UnicodeDecodeError) and "--input" in dict(flags):
-        path = dict(flags)["--input"]
+    if isinstance(error, UnicodeDecodeError) and ("--input" in dict(flags) or _is_fairseqs(error)):
+        path = dict(flags).get("--input", "-")
         return f"--input {path}: not in UTF-8 (byte {error.start}: {error.reason}); convert it, as by iconv"
     return None
 

@@ -71,8 +71,8 @@ def _check(trainer, filename, state, resumes) -> None:
     from kd_ext.files import trained_with
     from kd_ext.models.saved_settings import model_settings
 
-    # nothing of it, of which an empty one would be something: without fairseq begins at update 0 in mid-data
-    has_optimizer = trainer.is_fsdp or any(name in state for name in ("last_optimizer_state", "optimizer"))
+    # without, or with an empty one, fairseq begins at update 0 in mid-data
+    has_optimizer = trainer.is_fsdp or any(state.get(name) for name in ("last_optimizer_state", "optimizer"))
     if resumes and (state.get(STRIPPED) or not has_optimizer):
         what = "settings and weights alone" if state.get(STRIPPED) else "no optimizer state"
         raise ConfigError(
@@ -126,6 +126,12 @@ def _check_function(trainer, filename, state) -> None:
     from kd_ext.models.saved_settings import model_settings
 
     saved = model_settings(state)
+    frozen_by = getattr(trainer.get_model(), "frozen_by", None)
+    if frozen_by and not saved:
+        raise ConfigError(
+            f"{filename}: it has no settings of its model (args or cfg), so nothing tells whether what {frozen_by} "
+            "freezes computes here what it was trained to; name a checkpoint that fairseq-train wrote"
+        )
     if not saved or not state.get("model"):
         return
     liberally = getattr(trainer.get_model(), "_load_liberally", False)
