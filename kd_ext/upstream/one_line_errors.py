@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+from traceback import walk_tb
 from types import FrameType
 from typing import Optional
 
@@ -117,10 +118,15 @@ def _of_a_file(error: Optional[BaseException]) -> Optional[str]:
                 return f"{flag} {value}{_inner(error.filename, value)}: {error.strerror}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR) and _is_fairseqs(error):
             return _of_data(error.filename, error.strerror)
-    if isinstance(error, UnicodeDecodeError) and ("--input" in dict(flags) or _is_fairseqs(error)):
+    if isinstance(error, UnicodeDecodeError) and ("--input" in dict(flags) or _comes_of_input(error)):
         path = dict(flags).get("--input", "-")
         return f"--input {path}: not in UTF-8 (byte {error.start}: {error.reason}); convert it, as by iconv"
     return None
+
+
+def _comes_of_input(error: BaseException) -> bool:
+    """Whether fairseq-interactive was reading sentences."""
+    return any(frame.f_code.co_name == "buffered_read" for frame, _ in walk_tb(error.__traceback__))
 
 
 def _of_data(filename: str, said: str) -> Optional[str]:
