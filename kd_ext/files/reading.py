@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import pickle
 import re
 import stat
 import tarfile
@@ -95,7 +96,7 @@ def _explanation(path: str, expected: str, error: Exception) -> ConfigError:
         reason = f"refused, it refers to {foreign[1]}, which no {expected} does: loading it could run code"
     else:
         said = (str(error).strip().splitlines() or [""])[0]
-        protocol = _protocol(path)
+        protocol = _protocol(path) if isinstance(error, pickle.UnpicklingError) else 0
         if protocol > _OWN_PROTOCOL:
             said = (
                 f"saved with pickle protocol {protocol}, which torch reads only where it may run code; where you trust "
@@ -109,7 +110,7 @@ def _explanation(path: str, expected: str, error: Exception) -> ConfigError:
 
 
 def _protocol(path: str) -> int:
-    """Of the pickle in an archive; 0 where there is none."""
+    """Of the pickle in a whole archive; 0 where there is none."""
     if not zipfile.is_zipfile(path):
         return 0
     with zipfile.ZipFile(path) as archive:
